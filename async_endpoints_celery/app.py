@@ -1,0 +1,606 @@
+"""`AsyncEndpoints`: one Celery app, one job store, the settings and the handlers, bound together."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar, Unpack
+from urllib.parse import parse_qsl, urlencode
+from uuid import UUID, uuid4
+
+from celery import Celery
+from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
+from starlette.datastructures import Headers, QueryParams
+
+from async_endpoints_celery.broker import broker_server, early_broker_url
+from async_endpoints_celery.codec import CapturedRequest, canonical_json, fingerprint
+from async_endpoints_celery.dispatch import Dispatcher
+from async_endpoints_celery.drivers import AsyncDriver, SyncDriver
+from async_endpoints_celery.embedded import EmbeddedWorker
+from async_endpoints_celery.errors import ConfigurationError, PayloadTooLarge
+from async_endpoints_celery.handlers import HandlerOptions, HandlerRegistry, check_name
+from async_endpoints_celery.jobs import Job, JobStatus
+from async_endpoints_celery.keys import Keys
+from async_endpoints_celery.operations import Operations, Page
+from async_endpoints_celery.responses import RequestRefused, ResponseFactories
+from async_endpoints_celery.settings import Settings
+from async_endpoints_celery.store import AsyncStore, Server, StoreLike, SyncStore, open_server
+from async_endpoints_celery.submission import Accepted, Submission, Submitter
+from async_endpoints_celery.tasks import WorkerRuntime, join_worker, register_sweep, register_task
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+HeadersLike = Headers | Mapping[str, str] | Sequence[tuple[str, str]]
+QueryLike = QueryParams | Mapping[str, str] | Sequence[tuple[str, str]] | str
+
+_bound: weakref.WeakKeyDictionary[Celery, set[str]] = weakref.WeakKeyDictionary()
+
+
+class AsyncEndpoints:
+    """Job endpoints on a Celery app: the registry of handlers, and everything that can be done to jobs.
+
+    Args:
+        celery: the app whose broker carries the jobs and whose workers run them. Nothing of its configuration changes.
+        store: where records live: a URL (`redis://`, `rediss://`, `unix://`), an existing `redis.Redis` or
+            `redis.asyncio.Redis` client, `"memory://"` for development, or None for the broker's own Redis.
+        settings: the options; by default from `ASYNC_ENDPOINTS_*` environment variables.
+        responses: your own HTTP answers.
+        owner: a FastAPI dependency returning the caller's identity. It is stored with the job, and every route that
+            shows or changes a job answers 404 to anyone else.
+
+    Raises:
+        ConfigurationError: something that cannot work; the message says how to mend it.
+    """
+
+    def __init__(
+        self,
+        celery: Celery,
+        *,
+        store: StoreLike | None = None,
+        settings: Settings | None = None,
+        responses: ResponseFactories | None = None,
+        owner: Callable[..., Any] | None = None,
+    ) -> None:
+        if not isinstance(celery, Celery):
+            raise ConfigurationError(f"AsyncEndpoints takes a Celery app, not {celery!r}")
+        if owner is not None and not callable(owner):
+            raise ConfigurationError(
+                f"owner={owner!r} is no dependency: give a function that returns the caller's identity"
+            )
+        self.celery = celery
+        self.settings = settings if settings is not None else Settings()
+        self.responses = (responses or ResponseFactories()).completed()
+        self.owner = owner
+        self.registry = HandlerRegistry(self.settings)
+        self._store = store
+        if store is None:
+            _check_broker_is_redis(early_broker_url(celery))
+        else:
+            _ = self.server
+        _claim_prefix(celery, self.settings.task_prefix)
+        self.runtime = WorkerRuntime(celery, self.settings, self.registry, self.operations, self._worker_driver)
+        register_sweep(celery, self.runtime)
+        join_worker(celery, self.runtime)
+
+    # The parts, made when they are first used: reading the broker's address loads the app's configuration, and that
+    # must not happen before the user is done with it.
+
+    @cached_property
+    def server(self) -> Server:
+        if self._store is not None:
+            return open_server(self._store)
+        server = broker_server(self.celery)
+        if server is None:
+            _check_broker_is_redis(str(self.celery.conf.broker_write_url))
+            raise ConfigurationError("the broker's Redis cannot be used as the store: give store=")
+        return server
+
+    @cached_property
+    def operations(self) -> Operations:
+        return Operations(Keys(self.settings.key_prefix))
+
+    @cached_property
+    def dispatcher(self) -> Dispatcher:
+        return Dispatcher(self.celery, self.server, self.settings)
+
+    @cached_property
+    def submitter(self) -> Submitter:
+        return Submitter(self.operations, self.dispatcher, self.settings.maximum_queue_size)
+
+    @cached_property
+    def _async(self) -> AsyncDriver:
+        return AsyncDriver(AsyncStore(self.server), self.dispatcher)
+
+    @cached_property
+    def _sync_store(self) -> SyncStore:
+        return SyncStore(self.server)
+
+    def _worker_driver(self) -> SyncDriver:
+        # A worker waits for Redis as long as its lease could last; after that the job is somebody else's anyway.
+        return SyncDriver(self._sync_store, self.dispatcher, patience=self.settings.job_claim_timeout_seconds)
+
+    @cached_property
+    def sync(self) -> SyncEndpoints:
+        """The same operations for code without an event loop: scripts, Django views, Celery tasks."""
+        return SyncEndpoints(self, SyncDriver(self._sync_store, self.dispatcher))
+
+    # Handlers.
+
+    def handler(
+        self,
+        name: str | None = None,
+        *,
+        max_retries: int | None = None,
+        retry_delay_base_seconds: float | None = None,
+        retry_delay_max_seconds: float | None = None,
+        retry_jitter: float | None = None,
+        retry_on: Iterable[type[BaseException]] = (Exception,),
+        do_not_retry_on: Iterable[type[BaseException]] = (),
+        timeout_seconds: float | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        retention_seconds: float | None = None,
+    ) -> Callable[[F], F]:
+        """Register the decorated function as the handler of the jobs called `name`, its own name by default.
+
+        Args:
+            name: the job's name.
+            max_retries: retries after the first attempt.
+            retry_delay_base_seconds: before the first retry; doubled for each one after it.
+            retry_delay_max_seconds: what no delay exceeds.
+            retry_jitter: spread of a delay, as a fraction of it.
+            retry_on: the exceptions after which it is tried again.
+            do_not_retry_on: exceptions of these after which it is not.
+            timeout_seconds: how long an attempt may take from its claim.
+            queue: the Celery queue; otherwise the app's `task_routes` say.
+            priority: the message's priority, as the broker understands it.
+            retention_seconds: how long the record is kept after the job ended.
+
+        What is left out comes from the settings.
+
+        Raises:
+            ConfigurationError: the name is taken, the signature or an option is wrong.
+        """
+        if name is not None and not isinstance(name, str):
+            raise ConfigurationError('write @endpoints.handler() with parentheses, or @endpoints.handler("Name")')
+        names = sys._getframe(1).f_locals  # a model defined in a function is found here
+        options = HandlerOptions(
+            max_retries=max_retries,
+            retry_delay_base_seconds=retry_delay_base_seconds,
+            retry_delay_max_seconds=retry_delay_max_seconds,
+            retry_jitter=retry_jitter,
+            retry_on=retry_on,
+            do_not_retry_on=do_not_retry_on,
+            timeout_seconds=timeout_seconds,
+            queue=queue,
+            priority=priority,
+            retention_seconds=retention_seconds,
+        )
+
+        def register(function: F) -> F:
+            self._register(name, function, names, options)
+            return function
+
+        return register
+
+    def add_handler(self, name: str, handler: Callable[..., Any], **options: Unpack[HandlerOptions]) -> None:
+        """Register a function, or a class with `handle(self, context)`, of which each job gets a fresh instance.
+
+        Args:
+            name: the job's name.
+            handler: sync or async.
+            options: as for `handler`.
+
+        Raises:
+            ConfigurationError: the name is taken, the signature or an option is wrong.
+        """
+        unknown = options.keys() - HandlerOptions.__annotations__.keys()
+        if unknown:
+            known = ", ".join(HandlerOptions.__annotations__)
+            raise ConfigurationError(f"handlers have no option {', '.join(sorted(unknown))}; they have {known}")
+        self._register(name, handler, sys._getframe(1).f_locals, options)
+
+    def _register(self, name: str | None, handler: Any, names: Mapping[str, Any], options: HandlerOptions) -> None:
+        register_task(self.celery, self.runtime, self.registry.add(name, handler, names, options))
+
+    # Jobs.
+
+    async def submit(
+        self,
+        name: str,
+        request: Any = None,
+        *,
+        headers: HeadersLike | None = None,
+        route_params: Mapping[str, Any] | None = None,
+        query_params: QueryLike | None = None,
+        job_id: UUID | str | None = None,
+        owner: str | None = None,
+        delay_seconds: float | None = None,
+    ) -> Job:
+        """Submit a job as a route would.
+
+        Args:
+            name: a registered handler's, or one that other code registers.
+            request: an instance of the request model, or a JSON value that fits it.
+            headers, route_params, query_params: what the handler's context shall show.
+            job_id: the id to use; the same submission again returns the job that is there.
+            owner: whose job it is.
+            delay_seconds: run it this much later.
+
+        Raises:
+            pydantic.ValidationError: `request` does not fit the handler's model.
+            JobConflict: another job has this id.
+            QueueFull, PayloadTooLarge, StoreUnavailable: nothing was accepted.
+        """
+        submission = self._submission(name, request, headers, route_params, query_params, job_id, owner, delay_seconds)
+        return (await self._async.run(self.submitter.submit(submission))).job
+
+    async def get_job(self, job_id: UUID | str) -> Job | None:
+        """The job's record, or None. Raises StoreUnavailable."""
+        return await self._async.run(self.submitter.get(as_uuid(job_id)))
+
+    async def cancel_job(self, job_id: UUID | str) -> Job:
+        """Cancel the job: at once while it waits; a running one is told, and its record still says InProgress.
+
+        Raises:
+            JobNotFound: no such job.
+            JobConflict: it is over.
+            StoreUnavailable: Redis did not answer.
+        """
+        return await self._async.run(self.submitter.cancel(as_uuid(job_id)))
+
+    async def retry_job(self, job_id: UUID | str) -> Job:
+        """Run a Failed or Canceled job again, with all its retries.
+
+        Raises:
+            JobNotFound: no such job.
+            JobConflict: it is neither Failed nor Canceled.
+            StoreUnavailable: Redis did not answer.
+        """
+        return await self._async.run(self.submitter.retry(as_uuid(job_id)))
+
+    def list_jobs(
+        self,
+        status: JobStatus | str | None = None,
+        name: str | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> JobListing:
+        """Jobs, newest first: await it for one page, or iterate (`async for`) over all.
+
+        Raises:
+            ValueError: no such status, a limit below 1, a cursor that is not one.
+        """
+        matches = _filter(status, name)
+        _check_limit(limit)
+
+        async def fetch(place: str | None) -> JobPage:
+            return JobPage.of(await self._async.run(self.submitter.page(matches, limit, place)))
+
+        return JobListing(fetch, cursor)
+
+    # For the routes.
+
+    async def list_own_jobs(
+        self, *, status: str | None, name: str | None, limit: int, cursor: str | None, owner: str | None
+    ) -> JobPage:
+        matches = _filter(status, name, owner)
+        return JobPage.of(await self._async.run(self.submitter.page(matches, limit, cursor)))
+
+    async def submit_request(
+        self,
+        name: str,
+        *,
+        model: Any,
+        body: Any,
+        body_text: str | None,
+        headers: Sequence[tuple[str, str]],
+        route_params: Mapping[str, Any],
+        query: str,
+        job_id: UUID | None,
+        owner: str | None,
+    ) -> Accepted:
+        """Submit what an HTTP request asks for. The body travels as it was sent: validated here, and again by the
+        worker's own model."""
+        captured = CapturedRequest(
+            payload=body_text,
+            headers=self._captured_headers(headers),
+            route_params=dict(route_params),
+            query=query,
+        )
+        payload = _canonical(model, body, body_text)
+        submission = self._build(name, captured, payload, job_id, owner, 0.0)
+        return await self._async.run(self.submitter.submit(submission))
+
+    def _captured_headers(self, headers: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+        dropped = self.settings.dropped_headers
+        kept = tuple((key, value) for key, value in headers if key.lower() not in dropped)
+        size = sum(len(key) + len(value) for key, value in kept)
+        if size > self.settings.max_header_bytes:
+            raise RequestRefused(
+                431,
+                "HEADERS_TOO_LARGE",
+                f"the headers have {size} bytes, max_header_bytes is {self.settings.max_header_bytes}",
+            )
+        return kept
+
+    # Building submissions.
+
+    def _submission(
+        self,
+        name: str,
+        request: Any,
+        headers: HeadersLike | None,
+        route_params: Mapping[str, Any] | None,
+        query_params: QueryLike | None,
+        job_id: UUID | str | None,
+        owner: str | None,
+        delay_seconds: float | None,
+    ) -> Submission:
+        payload, by_name = self._payload(check_name(name), request)
+        text = None if payload is _NO_PAYLOAD else canonical_json(payload)
+        size, limit = len((text or "").encode()), self.settings.max_payload_bytes
+        if size > limit:
+            raise PayloadTooLarge(f"the payload of {name} has {size} bytes, max_payload_bytes is {limit}")
+        items = headers.items() if isinstance(headers, (Headers, Mapping)) else list(headers or ())
+        captured = CapturedRequest(
+            payload=text,
+            headers=self._captured_headers([(str(key), str(value)) for key, value in items]),
+            route_params=to_jsonable_python(dict(route_params or {}), fallback=str),
+            query=_query_string(query_params),
+            by_name=by_name,
+        )
+        delay = 0.0 if delay_seconds is None else float(delay_seconds)
+        if not 0 <= delay < float("inf"):
+            raise ValueError(f"delay_seconds={delay_seconds!r}: give seconds from now, 0 or more")
+        chosen = None if job_id is None else as_uuid(job_id)
+        return self._build(name, captured, None if payload is _NO_PAYLOAD else payload, chosen, owner, delay)
+
+    def _payload(self, name: str, request: Any) -> tuple[Any, bool]:
+        """The request as a JSON value, and whether it is spelt by field names.
+
+        Raises pydantic.ValidationError when it does not fit the handler's model.
+        """
+        handler = self.registry.get(name)
+        if handler is None:
+            return (_NO_PAYLOAD, False) if request is None else (to_jsonable_python(request), True)
+        adapter = handler.request_adapter
+        if adapter is None:
+            if request is not None:
+                raise ValueError(f"handler {name!r} takes no request: annotate its context AsyncContext[Model]")
+            return _NO_PAYLOAD, False
+        validated = adapter.validate_python(request, by_alias=True, by_name=True)
+        return adapter.dump_python(validated, mode="json", by_alias=False), True
+
+    def _build(
+        self,
+        name: str,
+        captured: CapturedRequest,
+        payload: Any,
+        job_id: UUID | None,
+        owner: str | None,
+        delay: float,
+    ) -> Submission:
+        handler = self.registry.get(name)
+        query = parse_qsl(captured.query, keep_blank_values=True)
+        return Submission(
+            job_id=job_id or uuid4(),
+            name=name,
+            request=captured,
+            fingerprint=fingerprint(payload, captured.route_params, query),
+            owner=owner,
+            max_retries=handler.retry.max_retries if handler else self.settings.default_max_retries,
+            retention_seconds=handler.retention_seconds if handler else self.settings.retention_seconds,
+            delay_seconds=delay,
+        )
+
+    # The application's life.
+
+    def lifespan(self, app: Any = None, *, embedded_worker: bool = False) -> Any:
+        """For `FastAPI(lifespan=endpoints.lifespan)`: closes the connections when the application stops.
+
+        Args:
+            app: given by FastAPI.
+            embedded_worker: also run a Celery worker and the sweep inside this process, for development:
+                `FastAPI(lifespan=endpoints.lifespan(embedded_worker=True))`.
+        """
+        if app is None:
+            return functools.partial(self._lifespan, embedded_worker=embedded_worker)
+        return self._lifespan(app, embedded_worker=embedded_worker)
+
+    def _lifespan(self, app: Any, *, embedded_worker: bool) -> AbstractAsyncContextManager[None]:
+        return self._running(embedded_worker)
+
+    @asynccontextmanager
+    async def _running(self, embedded_worker: bool) -> AsyncIterator[None]:
+        worker = EmbeddedWorker(self.celery, self.settings, self._async, self.runtime) if embedded_worker else None
+        if worker is not None:
+            await worker.start()
+        try:
+            yield
+        finally:
+            if worker is not None:
+                await worker.stop()
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections of the running event loop and of this process's threads."""
+        await self._async.store.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections of this process's threads."""
+        self._sync_store.close()
+        self.dispatcher.close()
+
+
+class SyncEndpoints:
+    """The synchronous twins of `AsyncEndpoints`' operations: same arguments, same errors."""
+
+    def __init__(self, endpoints: AsyncEndpoints, driver: SyncDriver) -> None:
+        self._endpoints = endpoints
+        self._driver = driver
+
+    def submit(
+        self,
+        name: str,
+        request: Any = None,
+        *,
+        headers: HeadersLike | None = None,
+        route_params: Mapping[str, Any] | None = None,
+        query_params: QueryLike | None = None,
+        job_id: UUID | str | None = None,
+        owner: str | None = None,
+        delay_seconds: float | None = None,
+    ) -> Job:
+        submission = self._endpoints._submission(
+            name, request, headers, route_params, query_params, job_id, owner, delay_seconds
+        )
+        return self._driver.run(self._endpoints.submitter.submit(submission)).job
+
+    def get_job(self, job_id: UUID | str) -> Job | None:
+        return self._driver.run(self._endpoints.submitter.get(as_uuid(job_id)))
+
+    def cancel_job(self, job_id: UUID | str) -> Job:
+        return self._driver.run(self._endpoints.submitter.cancel(as_uuid(job_id)))
+
+    def retry_job(self, job_id: UUID | str) -> Job:
+        return self._driver.run(self._endpoints.submitter.retry(as_uuid(job_id)))
+
+    def list_jobs(
+        self,
+        status: JobStatus | str | None = None,
+        name: str | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> JobPage:
+        matches = _filter(status, name)
+        _check_limit(limit)
+        return JobPage.of(self._driver.run(self._endpoints.submitter.page(matches, limit, cursor)))
+
+
+@dataclass(frozen=True)
+class JobPage(Sequence[Job]):
+    """A page of jobs, newest first; `next_cursor` begins the next one, None after the last."""
+
+    items: list[Job]
+    next_cursor: str | None
+
+    @classmethod
+    def of(cls, page: Page) -> JobPage:
+        return cls(page.jobs, page.next_cursor)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self.items)
+
+
+class JobListing:
+    """What `list_jobs` returns: `await` it for a page, `async for` over it for all jobs."""
+
+    def __init__(self, fetch: Callable[[str | None], Awaitable[JobPage]], cursor: str | None) -> None:
+        self._fetch = fetch
+        self._cursor = cursor
+
+    def __await__(self) -> Generator[Any, None, JobPage]:
+        return self._fetch(self._cursor).__await__()
+
+    async def __aiter__(self) -> AsyncIterator[Job]:
+        cursor = self._cursor
+        while True:
+            page = await self._fetch(cursor)
+            for job in page:
+                yield job
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+
+_NO_PAYLOAD = object()
+
+
+def as_uuid(job_id: UUID | str) -> UUID:
+    """Raises ValueError when it is no UUID."""
+    return job_id if isinstance(job_id, UUID) else UUID(job_id)
+
+
+def _canonical(model: Any, body: Any, body_text: str | None) -> Any:
+    """What makes two bodies the same: the validated value, so that white space and left-out defaults do not count."""
+    if model is None:
+        return None
+    payload = _adapter(model).dump_python(body, mode="json", by_alias=False)
+    # Secrets dump as asterisks, all alike: then the text itself must tell two bodies apart.
+    return [payload, body_text] if "**********" in canonical_json(payload) else payload
+
+
+@functools.lru_cache(maxsize=256)
+def _adapter(model: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(model)
+
+
+def _query_string(query: QueryLike | None) -> str:
+    if query is None or isinstance(query, str):
+        return query or ""
+    if isinstance(query, QueryParams):
+        return urlencode(query.multi_items())
+    return urlencode(query, doseq=True) if isinstance(query, Mapping) else urlencode(list(query))
+
+
+def _filter(status: JobStatus | str | None, name: str | None, owner: str | None = None) -> Callable[[Job], bool]:
+    wanted = None if status is None else JobStatus.parse(status)
+
+    def matches(job: Job) -> bool:
+        return (
+            (wanted is None or job.status is wanted)
+            and (name is None or job.name == name)
+            and (owner is None or job.owner == owner)
+        )
+
+    return matches
+
+
+def _check_limit(limit: int) -> None:
+    if limit < 1:
+        raise ValueError(f"limit={limit}: ask for at least one job")
+
+
+def _check_broker_is_redis(url: str | None) -> None:
+    """None: not known yet."""
+    if url is None or url.split("://")[0] in {"redis", "rediss", "redis+socket", "valkey", "valkeys"}:
+        return
+    scheme = url.split("://")[0] or "none"
+    raise ConfigurationError(
+        f"the Celery app's broker is not Redis ({scheme}): say where the job records live, for instance"
+        ' AsyncEndpoints(celery_app, store="redis://localhost:6379/0") (set the broker before, if it is meant to be'
+        " Redis)"
+    )
+
+
+def _claim_prefix(celery: Celery, prefix: str) -> None:
+    prefixes = _bound.setdefault(celery, set())
+    if prefix in prefixes:
+        raise ConfigurationError(
+            f"this Celery app has an AsyncEndpoints with task_prefix {prefix!r} already: use that one, or give each its"
+            " own task_prefix and key_prefix"
+        )
+    prefixes.add(prefix)

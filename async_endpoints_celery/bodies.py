@@ -1,0 +1,179 @@
+"""The request body on its way in: read within its limit, parsed strictly, and shared with `validate=`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from email.message import Message
+from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
+
+from fastapi import Body, Depends
+from fastapi.params import Depends as DependsParam
+from starlette.requests import Request
+
+from async_endpoints_celery.errors import PayloadTooLarge
+from async_endpoints_celery.responses import RequestRefused
+
+
+class JobRequest(Request):
+    """A request whose body was read and parsed by `receive_json`."""
+
+    async def body(self) -> bytes:
+        return self._job_body
+
+    async def json(self) -> Any:
+        return self._job_json
+
+    _job_body: bytes = b""
+    _job_json: Any = None
+
+
+async def receive_json(request: JobRequest, limit: int) -> None:
+    """Read the body, at most `limit` bytes of it, and parse it as RFC 8259 says.
+
+    Raises:
+        PayloadTooLarge: as soon as the limit is passed, whatever Content-Length claimed.
+        RequestRefused: 415 for another content type, 400 for a missing body or one that is not JSON.
+    """
+    body = await _read(request, limit)
+    content_type = request.headers.get("content-type")
+    if not is_json(content_type) and (body or content_type):
+        raise RequestRefused(
+            415,
+            "CONTENT_TYPE_NOT_JSON",
+            f"send the body as application/json, not as {content_type or 'nothing in particular'}",
+            headers={"Accept": "application/json"},
+        )
+    if not body:
+        raise RequestRefused(400, "BODY_MISSING", "this job needs a JSON body")
+    request._job_body, request._job_json = body, parse_json(body)
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    too_large = f"the body is larger than max_payload_bytes, {limit} bytes"
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length) > limit:
+        raise PayloadTooLarge(too_large)
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise PayloadTooLarge(too_large)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def is_json(content_type: str | None) -> bool:
+    if not content_type:
+        return False
+    message = Message()
+    message["content-type"] = content_type
+    subtype = message.get_content_subtype()
+    return message.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
+
+
+def parse_json(body: bytes) -> Any:
+    """Raises RequestRefused (400) for anything that is not JSON; Python would let NaN and Infinity pass."""
+    try:
+        return json.loads(body, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise RequestRefused(400, "BODY_NOT_JSON", "the body is nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of thousands of digits
+        raise RequestRefused(400, "BODY_NOT_JSON", f"the body is not JSON: {_reason(error)}") from None
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at line {error.lineno}, column {error.colno}"
+    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)[:200]
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+# The body in the signatures of FastAPI's dependencies.
+
+
+def body_dependency(model: Any) -> Callable[..., Any]:
+    """A dependency that is the validated body. Whoever depends on it shares one body parameter, never embedded."""
+
+    def validated_body(body: Any) -> Any:
+        return body
+
+    validated_body.__annotations__ = {"body": Annotated[model, Body(embed=False)]}
+    return validated_body
+
+
+def share_body(
+    call: Callable[..., Any],
+    model: Any,
+    dependency: Callable[..., Any],
+    seen: dict[Any, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
+    """`call` with every parameter that declares the body model, here or in a sub-dependency, bound to `dependency`.
+
+    FastAPI takes two body parameters of different names for an embedded body; here they are the same one.
+    """
+    seen = {} if seen is None else seen
+    if call in seen:
+        return seen[call]
+    try:
+        signature = inspect.signature(call)
+    except (TypeError, ValueError):
+        return call
+    hints = _hints(call)
+    declared = [p.replace(annotation=hints.get(name, p.annotation)) for name, p in signature.parameters.items()]
+    parameters = [_shared(parameter, model, dependency, seen) for parameter in declared]
+    if parameters == declared:
+        seen[call] = call
+        return call
+
+    @functools.wraps(call)
+    def shared(**arguments: Any) -> Any:
+        return call(**arguments)
+
+    # FastAPI calls by name, and keyword-only parameters may have their defaults in any order.
+    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    shared.__signature__ = signature.replace(parameters=keyword_only)  # type: ignore[attr-defined]
+    seen[call] = shared
+    return shared
+
+
+def _shared(
+    parameter: inspect.Parameter, model: Any, dependency: Callable[..., Any], seen: dict[Any, Callable[..., Any]]
+) -> inspect.Parameter:
+    annotation, depends = parameter.annotation, parameter.default
+    if get_origin(annotation) is Annotated:
+        plain, *extras = get_args(annotation)
+        found = next((extra for extra in extras if isinstance(extra, DependsParam)), None)
+    else:
+        plain, found = annotation, None
+    if isinstance(depends, DependsParam):
+        found = depends
+    if found is None:
+        if plain != model:
+            return parameter
+        return parameter.replace(default=Depends(dependency), annotation=Any)
+    target = found.dependency or plain
+    if not callable(target):
+        return parameter
+    replaced = share_body(target, model, dependency, seen)
+    if replaced is target:
+        return parameter
+    return parameter.replace(default=dataclasses.replace(found, dependency=replaced), annotation=plain)
+
+
+def _hints(call: Callable[..., Any]) -> dict[str, Any]:
+    target = inspect.unwrap(call)
+    if inspect.isclass(target):
+        target = target.__init__
+    elif not inspect.isroutine(target):
+        target = getattr(type(target), "__call__", target)  # noqa: B004
+    try:
+        return get_type_hints(target, include_extras=True)
+    except (NameError, TypeError, AttributeError):
+        return {}  # FastAPI resolves, or complains, as it does for any dependency

@@ -1,0 +1,482 @@
+"""What can be done to jobs in Redis: each operation as a call of one script, without any I/O.
+
+An operation is a `Call`: script, keys, arguments and how to read the reply. The two drivers in store.py run the same
+calls, one from an event loop, one from a thread. A script names its arguments in its header; what the header says is
+what is sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Generic, TypeVar
+
+from async_endpoints_celery.codec import decode_record
+from async_endpoints_celery.errors import AsyncEndpointsError, JobConflict, JobNotFound, QueueFull
+from async_endpoints_celery.jobs import Job, JobStatus
+from async_endpoints_celery.keys import Keys
+
+R = TypeVar("R")
+
+#: Copies of a waiting job's message never come later than this after each other, in milliseconds.
+MAX_REDISPATCH_MS = 24 * 3600 * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command of a publication, as kombu hands it over: ("lpush", queue, message)."""
+
+    name: str
+    key: str
+    args: tuple[str | bytes | int, ...]
+
+
+#: The commands that put one Celery message into the broker; empty when the broker is not the store's Redis.
+Publication = tuple[Command, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script, its SHA-1 and, for those that move one job, the names of its arguments."""
+
+    name: str
+    source: str
+    sha: str
+    arguments: tuple[str, ...]
+
+    @staticmethod
+    @cache
+    def load(name: str) -> Script:
+        folder = files("async_endpoints_celery") / "scripts"
+        body = (folder / f"{name}.lua").read_text()
+        header = re.search(r"^-- ARGS(.*)$", body, re.MULTILINE)
+        arguments = tuple(header[1].split()) if header else ()
+        if header:
+            body = (folder / "prelude.lua").read_text() + _bind(arguments) + body
+        return Script(name, body, hashlib.sha1(body.encode()).hexdigest(), arguments)
+
+
+def _bind(arguments: tuple[str, ...]) -> str:
+    values = ", ".join(f"ARGV[{n}]" for n in range(3, len(arguments) + 3))
+    names = f"local {', '.join(arguments)} = {values}\n" if arguments else ""
+    return f"{names}local FIRST_COMMAND = {len(arguments) + 3}\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[R]):
+    """One round trip: run `script` and read its reply."""
+
+    script: Script
+    keys: Sequence[str]
+    args: Sequence[str | bytes | int]
+    read: Callable[[Any], R]
+
+
+@dataclass(frozen=True, slots=True)
+class Query(Generic[R]):
+    """One round trip: plain commands, sent together, and how to read their replies."""
+
+    commands: Sequence[tuple[str | int, ...]]
+    read: Callable[[list[Any]], R]
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A stored job; `replayed` when it was there already."""
+
+    created_ms: str
+    job: Job | None
+
+    @property
+    def replayed(self) -> bool:
+        return self.job is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The right to run one attempt. The fence must be shown with every write."""
+
+    fence: str
+    retries: int
+    max_retries: int
+    owner: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRequest:
+    """What is needed to publish the message of a job again."""
+
+    id: str
+    name: str
+    status: JobStatus
+    owner: str | None
+    attempt: int
+    retries: int
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of jobs, newest first, and where the next one begins."""
+
+    jobs: list[Job]
+    next_cursor: str | None
+
+
+class Operations:
+    """Builds the calls for one key prefix."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+
+    def _call(
+        self,
+        name: str,
+        job_id: str,
+        read: Callable[[Any], R],
+        publication: Publication = (),
+        /,
+        **arguments: str | int,
+    ) -> Call[R]:
+        script = Script.load(name)
+        keys = self.keys.of_job(job_id)
+        args: list[str | bytes | int] = [job_id, self.keys.changes(job_id)]
+        args += [arguments[argument] for argument in script.arguments]
+        for command in publication:
+            keys.append(command.key)
+            args += [command.name, len(command.args), *command.args]
+        return Call(script, keys, args, read)
+
+    def submit(
+        self,
+        job_id: str,
+        *,
+        name: str,
+        owner: str | None,
+        fingerprint: str,
+        nonce: str,
+        max_retries: int,
+        retention_ms: int,
+        queue_limit: int | None,
+        request: str,
+        delay_ms: int,
+        dispatch_after_ms: int,
+        publication: Publication = (),
+    ) -> Call[Submitted]:
+        """Raises JobConflict (another job has this id) and QueueFull when it is read."""
+
+        def read(reply: Any) -> Submitted:
+            match reply:
+                case ["SUBMITTED", created]:
+                    return Submitted(str(created), None)
+                case ["REPLAYED", fields]:
+                    job = decode_record(job_id, pairs(fields))
+                    return Submitted("", job)
+                case ["CONFLICT"]:
+                    raise JobConflict(
+                        f"job {job_id} exists already, with another name, payload or owner", job_id=job_id
+                    )
+                case ["FULL", waiting]:
+                    raise QueueFull(
+                        f"{waiting} jobs are waiting and maximum_queue_size is {queue_limit}: try again later,"
+                        " or raise the setting (ASYNC_ENDPOINTS_MAXIMUM_QUEUE_SIZE)"
+                    )
+            raise unexpected("submit", reply)
+
+        return self._call(
+            "submit",
+            job_id,
+            read,
+            publication,
+            name=name,
+            owner=owner or "",
+            fingerprint=fingerprint,
+            nonce=nonce,
+            max_retries=max_retries,
+            retention_ms=retention_ms,
+            queue_limit="" if queue_limit is None else queue_limit,
+            request=request,
+            delay_ms=delay_ms,
+            dispatch_after_ms=dispatch_after_ms,
+        )
+
+    def dispatched(self, job_id: str, *, attempt: int, dispatch_after_ms: int) -> Call[bool]:
+        return self._call("dispatched", job_id, _accepted, attempt=attempt, dispatch_after_ms=dispatch_after_ms)
+
+    def claim(
+        self,
+        job_id: str,
+        *,
+        attempt: int,
+        runner: str,
+        worker: str,
+        lease_ms: int,
+        timeout_ms: int,
+        grace_ms: int,
+        max_retries: int | None,
+        retention_ms: int | None,
+    ) -> Call[Claimed | None]:
+        """None: the job is not waiting for this attempt (a duplicate, a late message, a canceled job)."""
+
+        def read(reply: Any) -> Claimed | None:
+            match reply:
+                case ["CLAIMED", fence, retries, limit, owner]:
+                    return Claimed(fence, int(retries), int(limit), owner or None)
+                case ["NOT_WAITING", _] | ["NOT_FOUND"]:
+                    return None
+            raise unexpected("claim", reply)
+
+        return self._call(
+            "claim",
+            job_id,
+            read,
+            attempt=attempt,
+            runner=runner,
+            worker=worker,
+            lease_ms=lease_ms,
+            timeout_ms=timeout_ms,
+            grace_ms=grace_ms,
+            max_retries="" if max_retries is None else max_retries,
+            retention_ms="" if retention_ms is None else retention_ms,
+        )
+
+    def renew(self, runners: Sequence[tuple[str, str]], *, lease_ms: int, grace_ms: int) -> Call[list[str]]:
+        """Extends the leases of (job id, runner) pairs; RENEWED, CANCELING, LOST or UNCLAIMED for each."""
+        keys = [self.keys.running, *(self.keys.job(job_id) for job_id, _ in runners)]
+        args: list[str | bytes | int] = [lease_ms, grace_ms]
+        for pair in runners:
+            args += pair
+        return Call(Script.load("renew"), keys, args, list)
+
+    def progress(self, job_id: str, *, fence: str, progress: str) -> Call[bool | None]:
+        """Whether a cancel was asked for; None when the job is no longer this runner's."""
+
+        def read(reply: Any) -> bool | None:
+            return reply[1] == "1" if reply[0] == "OK" else None
+
+        return self._call("progress", job_id, read, fence=fence, progress=progress)
+
+    # Reading.
+
+    def get(self, job_id: str) -> Query[Job | None]:
+        def read(replies: list[Any]) -> Job | None:
+            fields = pairs(replies[0])
+            return decode_record(job_id, fields) if fields else None
+
+        return Query([("HGETALL", self.keys.job(job_id))], read)
+
+    def stored_requests(self, job_ids: Sequence[str]) -> Query[dict[str, StoredRequest | None]]:
+        """What the messages of these jobs are made of; None for a job that is not (completely) stored."""
+        commands: list[tuple[str | int, ...]] = []
+        for job_id in job_ids:
+            commands.append(("HMGET", self.keys.job(job_id), "name", "status", "owner", "attempt", "retries"))
+            commands.append(("GET", self.keys.request(job_id)))
+
+        def read(replies: list[Any]) -> dict[str, StoredRequest | None]:
+            found: dict[str, StoredRequest | None] = {}
+            for job_id, record, request in zip(job_ids, replies[::2], replies[1::2], strict=True):
+                name, status, owner, attempt, retries = record
+                complete = name is not None and request is not None
+                found[job_id] = (
+                    StoredRequest(job_id, name, JobStatus.parse(status), owner, int(attempt), int(retries), request)
+                    if complete
+                    else None
+                )
+            return found
+
+        return Query(commands, read)
+
+    def get_many(self, job_ids: Sequence[str]) -> Query[list[Job | None]]:
+        def read(replies: list[Any]) -> list[Job | None]:
+            records = [pairs(reply) for reply in replies]
+            return [
+                decode_record(job_id, fields) if fields else None
+                for job_id, fields in zip(job_ids, records, strict=True)
+            ]
+
+        return Query([("HGETALL", self.keys.job(job_id)) for job_id in job_ids], read)
+
+    def newest(self, before: str, skip: int, count: int) -> Query[list[tuple[str, str]]]:
+        """(id, creation) of up to `count` jobs created at `before` (a score, "+inf" for now) or earlier."""
+
+        return Query(
+            [("ZREVRANGEBYSCORE", self.keys.jobs, before, "-inf", "WITHSCORES", "LIMIT", skip, count)],
+            lambda replies: _scored(replies[0]),
+        )
+
+    def is_unwanted(self, attempts: Sequence[tuple[str, str]]) -> Query[list[bool]]:
+        """For (job id, fence) pairs: whether the attempt shall stop, canceled or no longer its runner's."""
+
+        def read(replies: list[Any]) -> list[bool]:
+            return [
+                status != str(JobStatus.IN_PROGRESS) or current != fence or canceling == "1"
+                for (status, current, canceling), (_, fence) in zip(replies, attempts, strict=True)
+            ]
+
+        commands: list[tuple[str | int, ...]] = [
+            ("HMGET", self.keys.job(job_id), "status", "fence", "cancel") for job_id, _ in attempts
+        ]
+        return Query(commands, read)
+
+    def last_sweep(self) -> Query[int | None]:
+        """When the sweep last ran, in milliseconds since the epoch."""
+        return Query([("HGET", self.keys.sweep, "last_run")], lambda replies: int(replies[0]) if replies[0] else None)
+
+    # The writes that end an attempt: False means that the job is no longer this runner's, and nothing was written.
+
+    def complete(self, job_id: str, *, fence: str, result: str) -> Call[bool]:
+        return self._call("complete", job_id, _accepted, fence=fence, result=result)
+
+    def fail(self, job_id: str, *, fence: str, failure: str) -> Call[bool]:
+        return self._call("fail", job_id, _accepted, fence=fence, failure=failure)
+
+    def reschedule(
+        self,
+        job_id: str,
+        *,
+        fence: str,
+        failure: str,
+        delay_ms: int,
+        dispatch_after_ms: int,
+        publication: Publication = (),
+    ) -> Call[bool]:
+        return self._call(
+            "reschedule",
+            job_id,
+            _accepted,
+            publication,
+            fence=fence,
+            failure=failure,
+            delay_ms=delay_ms,
+            dispatch_after_ms=dispatch_after_ms,
+        )
+
+    def release(self, job_id: str, *, fence: str, dispatch_after_ms: int, publication: Publication = ()) -> Call[bool]:
+        return self._call("release", job_id, _accepted, publication, fence=fence, dispatch_after_ms=dispatch_after_ms)
+
+    def canceled(self, job_id: str, *, fence: str) -> Call[bool]:
+        return self._call("canceled", job_id, _accepted, fence=fence)
+
+    # What people and the sweep do.
+
+    def cancel(self, job_id: str) -> Call[bool]:
+        """True: canceled at once; False: the runner is told. Raises JobNotFound and JobConflict when it is read."""
+
+        def read(reply: Any) -> bool:
+            match reply:
+                case ["CANCELED"]:
+                    return True
+                case ["CANCELING"]:
+                    return False
+                case ["OVER", status]:
+                    raise JobConflict(f"job {job_id} is {status} already: too late to cancel it", job_id=job_id)
+                case ["NOT_FOUND"]:
+                    raise JobNotFound(f"no job {job_id}")
+            raise unexpected("cancel", reply)
+
+        return self._call("cancel", job_id, read)
+
+    def retry(
+        self,
+        job_id: str,
+        *,
+        attempt: int,
+        nonce: str,
+        dispatch_after_ms: int,
+        publication: Publication = (),
+    ) -> Call[None]:
+        """Raises JobNotFound and JobConflict when it is read."""
+
+        def read(reply: Any) -> None:
+            match reply:
+                case ["OK"]:
+                    return
+                case ["NOT_OVER", status]:
+                    raise not_retryable(job_id, status)
+                case ["GONE"]:
+                    raise JobConflict(f"the request of job {job_id} is no longer stored", job_id=job_id)
+                case ["NOT_FOUND"]:
+                    raise JobNotFound(f"no job {job_id}")
+            raise unexpected("retry", reply)
+
+        return self._call(
+            "retry", job_id, read, publication, attempt=attempt, nonce=nonce, dispatch_after_ms=dispatch_after_ms
+        )
+
+    def redispatch(
+        self, job_id: str, *, attempt: int, dispatch_after_ms: int, publication: Publication = ()
+    ) -> Call[bool]:
+        return self._call(
+            "redispatch",
+            job_id,
+            _accepted,
+            publication,
+            attempt=attempt,
+            dispatch_after_ms=dispatch_after_ms,
+            max_after_ms=max(MAX_REDISPATCH_MS, dispatch_after_ms),
+        )
+
+    def recover(
+        self,
+        job_id: str,
+        *,
+        runner: str,
+        recovery_limit: int,
+        lost_failure: str,
+        overdue_failure: str,
+        dispatch_after_ms: int,
+        publication: Publication = (),
+    ) -> Call[str]:
+        """QUEUED, FAILED, CANCELED, or NOT_LOST / NOT_FOUND when there was nothing to recover."""
+        return self._call(
+            "recover",
+            job_id,
+            lambda reply: str(reply[0]),
+            publication,
+            runner=runner,
+            recovery_limit=recovery_limit,
+            lost_failure=lost_failure,
+            overdue_failure=overdue_failure,
+            dispatch_after_ms=dispatch_after_ms,
+        )
+
+    def due(self, batch: int) -> Call[tuple[list[str], list[str]]]:
+        """Ids of waiting jobs to dispatch, and of running jobs whose lease has ended."""
+        return Call(
+            Script.load("due"),
+            [self.keys.waiting, self.keys.running],
+            [batch],
+            lambda reply: (list(reply[0]), list(reply[1])),
+        )
+
+    def prune(self, batch: int) -> Call[int]:
+        return Call(Script.load("prune"), [self.keys.ended, self.keys.jobs, self.keys.sweep], [batch], int)
+
+
+def pairs(fields: Sequence[str] | Mapping[str, str]) -> Mapping[str, str]:
+    """HGETALL as a mapping: a script hands on the flat list of RESP2, a client may have made a dict of it."""
+    if isinstance(fields, Mapping):
+        return fields
+    return dict(zip(fields[::2], fields[1::2], strict=True))
+
+
+def _scored(reply: Sequence[Any]) -> list[tuple[str, str]]:
+    """ZRANGE … WITHSCORES, flat as RESP2 has it or in pairs as RESP3 does."""
+    flat = [value for entry in reply for value in (entry if isinstance(entry, (list, tuple)) else (entry,))]
+    return [(member, f"{float(score):.0f}") for member, score in zip(flat[::2], flat[1::2], strict=True)]
+
+
+def not_retryable(job_id: str, status: str) -> JobConflict:
+    return JobConflict(f"job {job_id} is {status}: only Failed and Canceled jobs can be retried", job_id=job_id)
+
+
+def unexpected(script: str, reply: Any) -> AsyncEndpointsError:
+    return AsyncEndpointsError(f"script {script}.lua gave an unexpected reply: {reply!r}")
+
+
+def _accepted(reply: Any) -> bool:
+    return bool(reply[0] == "OK")

@@ -1,0 +1,123 @@
+"""Use case: the sweep. It publishes due and lost messages, recovers the jobs of dead workers and prunes the indices.
+
+Any number of sweepers at once is harmless, and one that dies mid-way leaves nothing behind: each step is a script that
+checks, by the clock of Redis, whether it is still due.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from async_endpoints_celery.codec import encode_error
+from async_endpoints_celery.dispatch import Capture, Dispatcher, Message
+from async_endpoints_celery.drivers import Flow
+from async_endpoints_celery.errors import JOB_TIMEOUT, WORKER_LOST, AsyncEndpointError
+from async_endpoints_celery.operations import Operations, StoredRequest
+from async_endpoints_celery.outbox import hand_over
+from async_endpoints_celery.settings import Settings
+
+logger = logging.getLogger("async_endpoints_celery")
+
+#: Jobs handled between two looks at what is due.
+BATCH = 100
+#: Batches of one sweep: what is left waits for the next one, so that a sweep has an end.
+MAX_BATCHES = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one sweep did, in jobs."""
+
+    dispatched: int = 0
+    recovered: int = 0
+    pruned: int = 0
+
+
+def lost_failure(name: str) -> str:
+    """The stored error of a job whose worker died."""
+    return encode_error(
+        AsyncEndpointError(
+            code=WORKER_LOST,
+            message=f"the worker that ran {name} was lost: it was killed, or could not reach Redis, for longer than"
+            " its lease (job_claim_timeout_seconds)",
+        )
+    )
+
+
+def overdue_failure(name: str) -> str:
+    """The stored error of a job that took longer than it may."""
+    return encode_error(
+        AsyncEndpointError(
+            code=JOB_TIMEOUT, message=f"{name} took longer than its timeout (timeout_seconds of the handler)"
+        )
+    )
+
+
+class Sweeper:
+    """The sweep as a flow for a driver."""
+
+    def __init__(self, operations: Operations, dispatcher: Dispatcher, settings: Settings) -> None:
+        self._operations = operations
+        self._dispatcher = dispatcher
+        self._settings = settings
+
+    def sweep(self) -> Flow[Swept]:
+        """One pass over everything that is due now."""
+        dispatched = recovered = pruned = 0
+        for _ in range(MAX_BATCHES):
+            waiting, running = yield self._operations.due(BATCH)
+            if not self._settings.enable_distributed_job_recovery:
+                running = []
+            if not waiting and not running:
+                break
+            stored = yield self._operations.stored_requests([*waiting, *running])
+            for job_id in waiting:
+                dispatched += yield from self._redispatch(job_id, stored[job_id])
+            for job_id in running:
+                recovered += yield from self._recover(job_id, stored[job_id])
+        for _ in range(MAX_BATCHES):
+            forgotten = yield self._operations.prune(BATCH)
+            pruned += forgotten
+            if forgotten < BATCH:
+                break
+        if dispatched or recovered:
+            logger.info("sweep: %d jobs dispatched, %d recovered", dispatched, recovered)
+        return Swept(dispatched, recovered, pruned)
+
+    def _redispatch(self, job_id: str, stored: StoredRequest | None) -> Flow[int]:
+        if stored is None:
+            # Nothing to run: the record or its request was deleted by hand. The script tidies the index.
+            yield self._operations.redispatch(job_id, attempt=0, dispatch_after_ms=self._dispatcher.redispatch_ms)
+            return 0
+        message = Message.of(stored)
+        publication = yield Capture(message)
+        done = yield self._operations.redispatch(
+            job_id,
+            attempt=stored.attempt,
+            dispatch_after_ms=self._dispatcher.redispatch_ms,
+            publication=publication,
+        )
+        if done:
+            # Not confirmed to the outbox: the script has counted this copy, and backs off by itself.
+            yield from hand_over(self._operations, self._dispatcher, message)
+        return int(done)
+
+    def _recover(self, job_id: str, stored: StoredRequest | None) -> Flow[int]:
+        name = stored.name if stored else "the job"
+        message = Message.of(stored, retries=stored.retries + 1) if stored else None
+        publication = (yield Capture(message)) if message else ()
+        outcome = yield self._operations.recover(
+            job_id,
+            runner="",
+            recovery_limit=self._settings.recovery_maximum_retries,
+            lost_failure=lost_failure(name),
+            overdue_failure=overdue_failure(name),
+            dispatch_after_ms=self._dispatcher.dispatch_after_ms(),
+            publication=publication,
+        )
+        if outcome == "QUEUED" and message:
+            yield from hand_over(self._operations, self._dispatcher, message)
+        if outcome in ("QUEUED", "FAILED"):
+            logger.warning("job %s (%s) lost its worker: now %s", job_id, name, outcome.title())
+        return int(outcome in ("QUEUED", "FAILED", "CANCELED"))

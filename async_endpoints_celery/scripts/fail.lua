@@ -1,0 +1,16 @@
+-- fail: the runner's attempt failed and there will be no other.
+-- ARGS fence failure
+-- REPLIES OK | NOT_YOURS status | NOT_FOUND
+
+local status, current = unpack(redis.call('HMGET', JOB, 'status', 'fence'))
+if not status then
+  return {'NOT_FOUND'}
+end
+if current == fence and status == 'Failed' then
+  return {'OK'} -- already done by you
+end
+if status ~= 'InProgress' or current ~= fence then
+  return {'NOT_YOURS', status}
+end
+finish('Failed', 'error', failure)
+return {'OK'}

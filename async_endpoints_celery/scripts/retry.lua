@@ -1,0 +1,27 @@
+-- retry: somebody wants a Failed or Canceled job run again, from its first attempt on. The fence keeps rising.
+-- ARGS attempt nonce dispatch_after_ms
+-- DISPATCHES
+-- REPLIES OK | NOT_OVER status | GONE | NOT_FOUND
+
+local status, current, holder = unpack(redis.call('HMGET', JOB, 'status', 'attempt', 'runner'))
+if not status then
+  return {'NOT_FOUND'}
+end
+if status == 'Queued' and holder == nonce then
+  return {'OK'} -- already done by you
+end
+if (status ~= 'Failed' and status ~= 'Canceled') or current ~= attempt then
+  return {'NOT_OVER', status}
+end
+if redis.call('EXISTS', REQUEST) == 0 then
+  return {'GONE'}
+end
+redis.call('PERSIST', JOB)
+redis.call('PERSIST', REQUEST)
+redis.call('ZREM', ENDED, id)
+redis.call('HDEL', JOB, 'completed', 'error', 'result', 'progress')
+redis.call('HINCRBY', JOB, 'attempt', 1)
+wait('Queued', now + tonumber(dispatch_after_ms), 'retries', '0')
+redis.call('HSET', JOB, 'runner', nonce)
+dispatch(FIRST_COMMAND)
+return {'OK'}

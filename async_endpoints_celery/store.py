@@ -1,0 +1,356 @@
+"""The drivers that run operations on Redis: one for event loops, one for threads; and how their clients are made.
+
+No client crosses a fork or an event loop: each process has its own for threads, each loop its own. Every wait is
+bounded, for what redis-py leaves unset would wait for ever:
+
+    socket_connect_timeout  1 s    an unreachable host answers nothing at all
+    socket_timeout          1.5 s  a stopped server keeps its connections open
+    pool wait               1.5 s  more callers than connections queue up; redis-py's default pool would refuse them
+    retry                   once, at once, on a broken connection only: a server that was restarted leaves a pool of
+                            dead connections behind. Scripts are safe to send twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
+from urllib.parse import urlsplit
+
+import redis
+import redis.asyncio
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    ClusterDownError,
+    MasterDownError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+)
+
+from async_endpoints_celery.errors import ConfigurationError, StoreUnavailable
+from async_endpoints_celery.operations import Call, Query
+
+R = TypeVar("R")
+
+#: What `store=` may be.
+StoreLike: TypeAlias = str | redis.Redis | redis.asyncio.Redis
+
+CONNECT_TIMEOUT = 1.0
+SOCKET_TIMEOUT = 1.5
+#: Seconds any operation may take for a web client, waiting for a connection included.
+ANSWER_WITHIN = 1.5
+#: Connections of one event loop, and of one process's threads.
+MAX_CONNECTIONS = 50
+
+_PASSING = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    ClusterDownError,
+    MasterDownError,
+    ReadOnlyError,
+    OutOfMemoryError,
+)
+
+
+class Server(Protocol):
+    """A Redis that clients can be made for."""
+
+    @property
+    def identity(self) -> tuple[str, int, int] | None:
+        """What tells whether the broker is this same database; None for one inside this process."""
+
+    @property
+    def kind(self) -> str:
+        """The label of metrics: "redis" or "memory"."""
+
+    def client(self) -> redis.Redis: ...
+
+    def async_client(self) -> redis.asyncio.Redis: ...
+
+
+@dataclass(frozen=True)
+class RedisServer:
+    """A Redis or Valkey server, by the keyword arguments of its connections."""
+
+    options: Mapping[str, Any]
+    kind: str = "redis"
+    sync_class: type[redis.Connection] = redis.Connection
+    async_class: type[redis.asyncio.Connection] = redis.asyncio.Connection
+
+    @property
+    def identity(self) -> tuple[str, int, int] | None:
+        return identity(
+            self.options.get("path") or self.options.get("host", "localhost"),
+            self.options.get("port", 6379),
+            self.options.get("db", 0),
+        )
+
+    def client(self) -> redis.Redis:
+        pool = redis.BlockingConnectionPool(
+            max_connections=MAX_CONNECTIONS,
+            timeout=SOCKET_TIMEOUT,
+            connection_class=self.sync_class,
+            retry=redis.retry.Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+            **self._bounded(),
+        )
+        return redis.Redis.from_pool(pool)
+
+    def async_client(self) -> redis.asyncio.Redis:
+        pool = redis.asyncio.BlockingConnectionPool(
+            max_connections=MAX_CONNECTIONS,
+            timeout=SOCKET_TIMEOUT,
+            connection_class=self.async_class,
+            retry=redis.asyncio.retry.Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+            **self._bounded(),
+        )
+        return redis.asyncio.Redis.from_pool(pool)
+
+    def _bounded(self) -> dict[str, Any]:
+        bounds = {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_timeout": SOCKET_TIMEOUT}
+        if "path" in self.options:
+            bounds.pop("socket_connect_timeout")
+        return {**bounds, **self.options, "decode_responses": True}
+
+    @classmethod
+    def from_url(cls, url: str) -> RedisServer:
+        """Raises ConfigurationError when `url` is not one of redis-py's."""
+        try:
+            options = dict(redis.connection.parse_url(url))
+        except ValueError as error:
+            raise ConfigurationError(f"store={_without_password(url)!r} is not a Redis URL: {error}") from None
+        connection_class = options.pop("connection_class", redis.Connection)
+        return cls.from_options(options, connection_class.__name__)
+
+    @classmethod
+    def from_client(cls, client: redis.Redis | redis.asyncio.Redis) -> RedisServer:
+        """The server of an existing client. Its pool is not used: it may belong to another loop or process."""
+        pool = client.connection_pool
+        return cls.from_options(pool.connection_kwargs, pool.connection_class.__name__)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], connection_class: str) -> RedisServer:
+        """The server of redis-py's connection arguments; what is not about where and as whom is dropped."""
+        return cls(
+            {name: value for name, value in options.items() if name in _CONNECTION_OPTIONS},
+            sync_class=_SYNC_CLASSES.get(connection_class, redis.Connection),
+            async_class=_ASYNC_CLASSES.get(connection_class, redis.asyncio.Connection),
+        )
+
+
+_SYNC_CLASSES: dict[str, type[Any]] = {
+    "Connection": redis.Connection,
+    "SSLConnection": redis.SSLConnection,
+    "UnixDomainSocketConnection": redis.UnixDomainSocketConnection,
+}
+_ASYNC_CLASSES: dict[str, type[Any]] = {
+    "Connection": redis.asyncio.Connection,
+    "SSLConnection": redis.asyncio.SSLConnection,
+    "UnixDomainSocketConnection": redis.asyncio.UnixDomainSocketConnection,
+}
+#: What is taken over from a given client: where and as whom it connects. How is ours.
+_CONNECTION_OPTIONS = frozenset(
+    {
+        *("host", "port", "path", "db", "username", "password", "credential_provider"),
+        *("client_name", "protocol", "health_check_interval", "socket_keepalive", "socket_keepalive_options"),
+        *("ssl_keyfile", "ssl_certfile", "ssl_cert_reqs", "ssl_ca_certs", "ssl_ca_data", "ssl_ca_path"),
+        *("ssl_check_hostname", "ssl_password", "ssl_min_version", "ssl_ciphers"),
+    }
+)
+
+
+@dataclass
+class MemoryServer:
+    """The development store: a fake Redis inside this process, running the same scripts."""
+
+    kind: str = "memory"
+    identity: tuple[str, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            import fakeredis
+            import lupa  # noqa: F401
+        except ImportError:
+            raise ConfigurationError(
+                'store="memory://" needs the extra: pip install "async-endpoints-celery[memory]"'
+            ) from None
+        self._fakeredis = fakeredis
+        self._server = fakeredis.FakeServer()
+
+    def client(self) -> redis.Redis:
+        return cast(redis.Redis, self._fakeredis.FakeRedis(server=self._server, decode_responses=True))
+
+    def async_client(self) -> redis.asyncio.Redis:
+        client = self._fakeredis.FakeAsyncRedis(server=self._server, decode_responses=True)
+        return cast(redis.asyncio.Redis, client)
+
+
+def open_server(store: StoreLike) -> Server:
+    """The server that the `store=` argument names.
+
+    Raises:
+        ConfigurationError: it is neither a URL we know nor a Redis client.
+    """
+    if isinstance(store, str):
+        scheme = urlsplit(store).scheme
+        if scheme == "memory":
+            return MemoryServer()
+        if scheme in {"redis", "rediss", "unix"}:
+            return RedisServer.from_url(store)
+        raise ConfigurationError(f"store={_without_password(store)!r}: use redis://, rediss://, unix:// or memory://")
+    if isinstance(store, (redis.Redis, redis.asyncio.Redis)):
+        return RedisServer.from_client(store)
+    raise ConfigurationError(
+        f"store={store!r}: give a URL (redis://, rediss://, unix://, memory://), a redis.Redis client or None"
+    )
+
+
+def identity(host: str, port: Any, db: Any) -> tuple[str, int, int]:
+    """A database's name, for comparing: (host or socket path, port, database number)."""
+    if host in ("localhost", "::1", ""):
+        host = "127.0.0.1"
+    return host, int(port or 0) if not host.startswith("/") else 0, int(db or 0)
+
+
+def _without_password(url: str) -> str:
+    """The URL as it may be shown."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    return url.replace(f":{parts.password}@", ":***@")
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    """Redis-py's many ways to say "not now" become one of ours."""
+    try:
+        yield
+    except (*_PASSING, OSError) as error:
+        raise StoreUnavailable(f"Redis did not answer: {_short(error)}") from error
+    except RedisError as error:
+        # "LOADING", "BUSY" and the like come as plain response errors: their first word tells.
+        if str(error).split(" ")[0] in {"LOADING", "BUSY", "TRYAGAIN", "MISCONF", "NOREPLICAS"}:
+            raise StoreUnavailable(f"Redis did not answer: {_short(error)}") from error
+        raise
+
+
+def _short(error: BaseException) -> str:
+    return (str(error) or type(error).__name__)[:200]
+
+
+class SyncStore:
+    """Runs operations from threads."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._client: redis.Redis | None = None
+        self._pid = 0
+
+    @property
+    def client(self) -> redis.Redis:
+        if self._client is None or self._pid != os.getpid():
+            self._client, self._pid = self.server.client(), os.getpid()
+        return self._client
+
+    def run(self, step: Call[R] | Query[R], *, patience: float = 0.0) -> R:
+        """The answer of one operation.
+
+        Args:
+            patience: seconds to go on trying while Redis is away. A worker has some: its handler's result is
+                worth waiting for; a web client has none.
+
+        Raises:
+            StoreUnavailable: Redis did not answer.
+        """
+        give_up = time.monotonic() + patience
+        pause = 0.05
+        while True:
+            try:
+                with _unavailable():
+                    reply = self._send(step)
+                break
+            except StoreUnavailable:
+                if time.monotonic() + pause > give_up:
+                    raise
+                time.sleep(pause)
+                pause = min(pause * 2, 1.0)
+        return step.read(reply)
+
+    def _send(self, step: Call[Any] | Query[Any]) -> Any:
+        if isinstance(step, Query):
+            with self.client.pipeline(transaction=False) as pipe:
+                for command in step.commands:
+                    pipe.execute_command(*command)
+                return pipe.execute()
+        keys_and_args = (len(step.keys), *step.keys, *step.args)
+        try:
+            return self.client.execute_command("EVALSHA", step.script.sha, *keys_and_args)
+        except NoScriptError:
+            return self.client.execute_command("EVAL", step.script.source, *keys_and_args)
+
+    def close(self) -> None:
+        if self._client is not None and self._pid == os.getpid():
+            self._client.close()
+        self._client = None
+
+
+class AsyncStore:
+    """Runs operations from event loops."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopClient] = weakref.WeakKeyDictionary()
+
+    @property
+    def client(self) -> redis.asyncio.Redis:
+        loop = asyncio.get_running_loop()
+        held = self._clients.get(loop)
+        if held is None or held.pid != os.getpid():
+            held = self._clients[loop] = _LoopClient(self.server.async_client())
+        return held.client
+
+    async def run(self, step: Call[R] | Query[R]) -> R:
+        """The answer of one operation, within `ANSWER_WITHIN` seconds.
+
+        Raises:
+            StoreUnavailable: Redis did not answer.
+        """
+        try:
+            with _unavailable():
+                async with asyncio.timeout(ANSWER_WITHIN):
+                    reply = await self._send(step)
+        except TimeoutError as error:
+            raise StoreUnavailable(f"Redis did not answer within {ANSWER_WITHIN} s") from error
+        return step.read(reply)
+
+    async def _send(self, step: Call[Any] | Query[Any]) -> Any:
+        if isinstance(step, Query):
+            if len(step.commands) == 1:
+                return [await self.client.execute_command(*step.commands[0])]
+            async with self.client.pipeline(transaction=False) as pipe:
+                for command in step.commands:
+                    pipe.execute_command(*command)
+                return await pipe.execute()
+        keys_and_args = (len(step.keys), *step.keys, *step.args)
+        try:
+            return await self.client.execute_command("EVALSHA", step.script.sha, *keys_and_args)
+        except NoScriptError:
+            return await self.client.execute_command("EVAL", step.script.source, *keys_and_args)
+
+    async def close(self) -> None:
+        """Closes the running loop's connections."""
+        held = self._clients.pop(asyncio.get_running_loop(), None)
+        if held is not None and held.pid == os.getpid():
+            await held.client.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class _LoopClient:
+    client: redis.asyncio.Redis
+    pid: int = field(default_factory=os.getpid)

@@ -1,0 +1,356 @@
+"""The Celery edge: the task of each handler, the request that carries it through a worker, and the sweep task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+from uuid import uuid4
+
+from billiard.einfo import ExceptionWithTraceback
+from billiard.exceptions import WorkerLostError
+from celery import Celery, Task, bootsteps, signals
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from celery.worker.request import Request
+
+from async_endpoints_celery.context import AsyncContext
+from async_endpoints_celery.drivers import SyncDriver
+from async_endpoints_celery.errors import JobFailed, StoreUnavailable
+from async_endpoints_celery.execution import (
+    Canceled,
+    Completed,
+    Delivery,
+    Ending,
+    Executor,
+    Failed,
+    JobTimedOut,
+    Outcome,
+)
+from async_endpoints_celery.handlers import HandlerRegistry, RegisteredHandler
+from async_endpoints_celery.operations import Claimed, Operations
+from async_endpoints_celery.recovery import Sweeper, lost_failure, overdue_failure
+from async_endpoints_celery.settings import Settings
+from async_endpoints_celery.worker import (
+    HARD_LIMIT_GRACE,
+    SOFT_LIMIT_GRACE,
+    CancelWatch,
+    EventLoopThread,
+    HiddenBodies,
+    LeaseKeeper,
+    RunningAttempt,
+    call_handler,
+)
+
+logger = logging.getLogger("async_endpoints_celery")
+
+#: The header with which the worker's main process tells its pool process who the runner is.
+RUNNER_HEADER = "async_endpoints_runner"
+BEAT_ENTRY = "async-endpoints-sweep"
+
+
+class WorkerRuntime:
+    """What the tasks of one `AsyncEndpoints` work with, in whatever process they run."""
+
+    def __init__(
+        self,
+        celery: Celery,
+        settings: Settings,
+        registry: HandlerRegistry,
+        operations: Operations,
+        open_driver: Callable[[], SyncDriver],
+    ) -> None:
+        self.celery = celery
+        self.settings = settings
+        self.registry = registry
+        self.operations = operations
+        self._open_driver = open_driver
+        self.loop = EventLoopThread()
+
+    # Made when a worker first needs them: a web process registers the same tasks and runs none.
+
+    @cached_property
+    def driver(self) -> SyncDriver:
+        return self._open_driver()
+
+    @cached_property
+    def executor(self) -> Executor:
+        return Executor(self.operations, self.driver.dispatcher, self.settings)
+
+    @cached_property
+    def sweeper(self) -> Sweeper:
+        return Sweeper(self.operations, self.driver.dispatcher, self.settings)
+
+    @cached_property
+    def keeper(self) -> LeaseKeeper:
+        return LeaseKeeper(self.driver.store, self.operations, self.settings.job_claim_timeout_seconds)
+
+    @cached_property
+    def watch(self) -> CancelWatch:
+        return CancelWatch(self.driver.store, self.operations)
+
+    # One attempt, in the pool.
+
+    def run(self, delivery: Delivery, *, keep_lease: bool) -> tuple[Outcome, Ending] | None:
+        """What became of the attempt, or None when the job was not to be had."""
+        handler = self.registry.get(delivery.name)
+        claimed = self.driver.run(self.executor.claim(delivery, handler))
+        if claimed is None:
+            return None
+        if not keep_lease:
+            return self._attempt(delivery, claimed, handler)
+        self.keeper.start()
+        self.keeper.hold(delivery.job_id, delivery.runner)
+        try:
+            return self._attempt(delivery, claimed, handler)
+        finally:
+            self.keeper.drop(delivery.job_id, delivery.runner)
+
+    def _attempt(
+        self, delivery: Delivery, claimed: Claimed, handler: RegisteredHandler | None
+    ) -> tuple[Outcome, Ending]:
+        attempt = RunningAttempt(
+            self.driver.store,
+            self.operations,
+            delivery.job_id,
+            claimed.fence,
+            watch=self.watch if handler is not None and handler.is_async else None,
+        )
+        call = call_handler(self.loop, attempt, self.watch)
+
+        def interruptible(handler: RegisteredHandler, context: AsyncContext[Any]) -> Any:
+            try:
+                return call(handler, context)
+            except SoftTimeLimitExceeded as error:
+                raise JobTimedOut from error
+
+        outcome = self.executor.run(delivery, claimed, handler, attempt, interruptible)
+        ending = self.driver.run(self.executor.finish(delivery, claimed, handler, outcome))
+        return outcome, ending
+
+    # In the worker's main process.
+
+    def lost(self, job_id: str, name: str, runner: str, *, requeued: bool) -> None:
+        """The pool process that ran this job is gone: its lease ends now, and that costs a retry.
+
+        Args:
+            requeued: the message goes back to its queue by itself; otherwise the next sweep dispatches the job.
+        """
+        after = self.driver.dispatcher.redispatch_ms if requeued else 0
+        try:
+            outcome = self.driver.store.run(
+                self.operations.recover(
+                    job_id,
+                    runner=runner,
+                    recovery_limit=self.settings.recovery_maximum_retries,
+                    lost_failure=lost_failure(name),
+                    overdue_failure=overdue_failure(name),
+                    dispatch_after_ms=after,
+                )
+            )
+        except StoreUnavailable as error:
+            logger.warning("job %s (%s) lost its process; the sweep recovers it: %s", job_id, name, error)
+        else:
+            logger.warning("job %s (%s) lost its process: %s", job_id, name, outcome)
+
+    def unknown(self, job_id: str, name: str, attempt: int, request: str, worker: str) -> None:
+        """A job for which no handler is registered here: claim it and fail it."""
+        delivery = Delivery(job_id, name, attempt, request, uuid4().hex, worker)
+        try:
+            self.run(delivery, keep_lease=False)
+        except StoreUnavailable as error:
+            logger.warning("job %s has no handler; the sweep will try it again: %s", job_id, error)
+
+    def sweep(self) -> dict[str, int]:
+        swept = self.driver.run(self.sweeper.sweep())
+        return {
+            "dispatched": swept.dispatched,
+            "recovered": swept.recovered,
+            "pruned": swept.pruned,
+        }
+
+
+class JobRequest(Request):
+    """A job's message in the worker's main process: it holds the lease, and shows nobody the client's data."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._runner = uuid4().hex
+        self.request_dict[RUNNER_HEADER] = self._runner
+
+    @property
+    def _runtime(self) -> WorkerRuntime:
+        return self.task.runtime  # type: ignore[no-any-return]
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        self._runtime.keeper.hold(self.id, self._runner)
+        super().on_accepted(pid, time_accepted)
+
+    def acknowledge(self) -> None:
+        self._runtime.keeper.drop(self.id, self._runner)
+        super().acknowledge()
+
+    def reject(self, requeue: bool = False) -> None:
+        self._runtime.keeper.drop(self.id, self._runner)
+        super().reject(requeue=requeue)
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        exc = exc_info.exception
+        if isinstance(exc, ExceptionWithTraceback):
+            exc = exc.exc
+        # billiard tells of a lost process in these three ways; the message then goes back to its queue.
+        if isinstance(exc, (WorkerLostError, SystemExit, KeyboardInterrupt)):
+            self._runtime.lost(self.id, self.task.job_name, self._runner, requeued=True)
+        super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        if not soft:
+            # The process did not heed its soft limit and is killed; Celery acknowledges the message.
+            self._runtime.lost(self.id, self.task.job_name, self._runner, requeued=False)
+        super().on_timeout(soft, timeout)
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        # `celery inspect` and Flower ask for the real arguments.
+        return super().info(safe=True)  # type: ignore[no-any-return]
+
+
+class JobTask(Task):
+    """The Celery task of one handler. What a job needs is said here, never in the app's configuration."""
+
+    abstract = True
+    Request = "async_endpoints_celery.tasks:JobRequest"
+    acks_late = True
+    acks_on_failure_or_timeout = True
+    reject_on_worker_lost = True
+    ignore_result = True
+    store_errors_even_if_ignored = False
+    track_started = False
+    max_retries = None
+    serializer = "json"
+
+    runtime: WorkerRuntime
+    job_name: str
+
+    def execute(self, attempt: int, request: str) -> None:
+        """One attempt. Ends as Celery wants to hear it: returning, `Retry`, or the handler's exception."""
+        context = self.request
+        delivery = Delivery(
+            job_id=context.id,
+            name=self.job_name,
+            attempt=attempt,
+            request=request,
+            runner=context.get(RUNNER_HEADER) or uuid4().hex,
+            worker=context.hostname or "",
+        )
+        try:
+            ran = self.runtime.run(delivery, keep_lease=bool(context.is_eager))
+        except StoreUnavailable as error:
+            logger.warning("job %s goes back to its queue: %s", delivery.job_id, error)
+            raise Reject(error, requeue=True) from error
+        if ran is None:
+            logger.info("job %s is not waiting for attempt %d: nothing to do", delivery.job_id, attempt)
+            raise Ignore
+        outcome, ending = ran
+        if ending.refused:
+            logger.warning("job %s was no longer this worker's: its outcome is dropped", delivery.job_id)
+            raise Ignore
+        match outcome:
+            case Completed():
+                return
+            case Canceled():
+                logger.info("job %s was canceled", delivery.job_id)
+                raise Ignore
+            case Failed():
+                reason = outcome.cause or JobFailed(outcome.error.code, outcome.error.message)
+                if ending.retry_in is not None:
+                    # The message is out already, in one step with the record: this only tells Celery.
+                    raise Retry(exc=reason, when=ending.retry_in)
+                raise reason
+
+
+def register_task(celery: Celery, runtime: WorkerRuntime, handler: RegisteredHandler) -> None:
+    """Make the handler's Celery task, named by the handler. Registered lazily: the app is not finalized by it."""
+
+    def run(self: JobTask, attempt: int, request: str) -> None:
+        return self.execute(attempt, request)
+
+    run.__name__ = run.__qualname__ = handler.name
+    run.__doc__ = handler.target.__doc__
+    run.__module__ = getattr(handler.target, "__module__", None) or __name__
+    options: dict[str, Any] = {}
+    if handler.queue is not None:
+        options["queue"] = handler.queue
+    if handler.priority is not None:
+        options["priority"] = handler.priority
+    grace = SOFT_LIMIT_GRACE if handler.is_async else 0.0
+    celery.task(
+        bind=True,
+        base=JobTask,
+        name=f"{runtime.settings.task_prefix}{handler.name}",
+        shared=False,
+        runtime=runtime,
+        job_name=handler.name,
+        soft_time_limit=handler.timeout_seconds + grace,
+        time_limit=handler.timeout_seconds + HARD_LIMIT_GRACE,
+        **options,
+    )(run)
+
+
+def register_sweep(celery: Celery, runtime: WorkerRuntime) -> None:
+    """The sweep as a task, and its place in the beat schedule unless the user gave it one."""
+    name = f"{runtime.settings.task_prefix}sweep"
+
+    def sweep() -> dict[str, int]:
+        """Dispatch due and lost jobs, recover those of dead workers, prune the indices."""
+        return runtime.sweep()
+
+    celery.task(name=name, shared=False, ignore_result=True, serializer="json")(sweep)
+    interval = runtime.settings.recovery_check_interval_seconds
+
+    def add_to_schedule(sender: Any = None, **_: Any) -> None:
+        entry = {
+            "task": name,
+            "schedule": interval,
+            # Beat does not know whether anybody listens: without this a stopped worker finds a pile of sweeps.
+            "options": {"expires": max(60.0, 2 * interval), "ignore_result": True},
+        }
+        celery.conf.beat_schedule.setdefault(BEAT_ENTRY, entry)
+
+    if celery.finalized:
+        add_to_schedule()
+    else:
+        celery.on_after_finalize.connect(add_to_schedule, weak=False)
+
+
+def join_worker(celery: Celery, runtime: WorkerRuntime) -> None:
+    """Have every worker of the app keep leases, sweep once at its start, and fail jobs that nobody handles."""
+
+    class LeaseKeeperStep(bootsteps.StartStopStep):
+        name = f"async_endpoints.leases.{id(runtime):x}"
+        requires = ("celery.worker.components:Pool",)
+
+        def __init__(self, parent: Any, **kwargs: Any) -> None:
+            super().__init__(parent, **kwargs)
+            logging.getLogger("celery.worker.consumer.consumer").addFilter(HiddenBodies(runtime.settings.task_prefix))
+
+        def start(self, parent: Any) -> None:
+            runtime.keeper.start()
+            try:
+                runtime.sweep()
+            except StoreUnavailable as error:
+                logger.warning("no sweep at worker start: %s", error)
+
+        def stop(self, parent: Any) -> None:
+            runtime.keeper.stop()
+
+        terminate = stop
+
+    celery.steps["worker"].add(LeaseKeeperStep)
+
+    def on_unknown(sender: Any, message: Any, name: str, id: str, **_: Any) -> None:
+        if sender.app is celery and name.startswith(runtime.settings.task_prefix):
+            job_name = name.removeprefix(runtime.settings.task_prefix)
+            args = message.payload[0]
+            runtime.unknown(id, job_name, args[0], args[1], sender.hostname)
+
+    signals.task_unknown.connect(on_unknown, weak=False)
