@@ -7,46 +7,35 @@ import sys
 import weakref
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
-    Generator,
     Iterable,
-    Iterator,
     Mapping,
-    Sequence,
 )
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar, Unpack
-from urllib.parse import parse_qsl, urlencode
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from celery import Celery
-from pydantic import TypeAdapter
-from pydantic_core import to_jsonable_python
-from starlette.datastructures import Headers, QueryParams
 
 from async_endpoints_celery.broker import broker_server, early_broker_url
-from async_endpoints_celery.codec import CapturedRequest, canonical_json, fingerprint
 from async_endpoints_celery.dispatch import Dispatcher
 from async_endpoints_celery.drivers import AsyncDriver, SyncDriver
 from async_endpoints_celery.embedded import EmbeddedWorker
-from async_endpoints_celery.errors import ConfigurationError, PayloadTooLarge
-from async_endpoints_celery.handlers import HandlerOptions, HandlerRegistry, check_name
+from async_endpoints_celery.errors import ConfigurationError
+from async_endpoints_celery.handlers import HandlerOptions, HandlerRegistry
+from async_endpoints_celery.intake import HeadersLike, HttpSubmission, Intake, QueryLike, as_uuid
 from async_endpoints_celery.jobs import Job, JobStatus
 from async_endpoints_celery.keys import Keys
-from async_endpoints_celery.operations import Operations, Page
-from async_endpoints_celery.responses import RequestRefused, ResponseFactories
+from async_endpoints_celery.listing import JobListing, JobPage, check_limit, job_filter
+from async_endpoints_celery.operations import Operations
+from async_endpoints_celery.responses import ResponseFactories
 from async_endpoints_celery.settings import Settings
 from async_endpoints_celery.store import AsyncStore, Server, StoreLike, SyncStore, open_server
-from async_endpoints_celery.submission import Accepted, Submission, Submitter
+from async_endpoints_celery.submission import Accepted, Submitter
 from async_endpoints_celery.tasks import WorkerRuntime, join_worker, register_sweep, register_task
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-HeadersLike = Headers | Mapping[str, str] | Sequence[tuple[str, str]]
-QueryLike = QueryParams | Mapping[str, str] | Sequence[tuple[str, str]] | str
 
 _bound: weakref.WeakKeyDictionary[Celery, set[str]] = weakref.WeakKeyDictionary()
 
@@ -117,6 +106,10 @@ class AsyncEndpoints:
     @cached_property
     def dispatcher(self) -> Dispatcher:
         return Dispatcher(self.celery, self.server, self.settings)
+
+    @cached_property
+    def intake(self) -> Intake:
+        return Intake(self.registry, self.settings)
 
     @cached_property
     def submitter(self) -> Submitter:
@@ -247,7 +240,16 @@ class AsyncEndpoints:
             JobConflict: another job has this id.
             QueueFull, PayloadTooLarge, StoreUnavailable: nothing was accepted.
         """
-        submission = self._submission(name, request, headers, route_params, query_params, job_id, owner, delay_seconds)
+        submission = self.intake.from_python(
+            name,
+            request,
+            headers=headers,
+            route_params=route_params,
+            query_params=query_params,
+            job_id=job_id,
+            owner=owner,
+            delay_seconds=delay_seconds,
+        )
         return (await self._async.run(self.submitter.submit(submission))).job
 
     async def get_job(self, job_id: UUID | str) -> Job | None:
@@ -286,8 +288,8 @@ class AsyncEndpoints:
         Raises:
             ValueError: no such status, a limit below 1, a cursor that is not one.
         """
-        matches = _filter(status, name)
-        _check_limit(limit)
+        matches = job_filter(status, name)
+        check_limit(limit)
 
         async def fetch(place: str | None) -> JobPage:
             return JobPage.of(await self._async.run(self.submitter.page(matches, limit, place)))
@@ -299,115 +301,12 @@ class AsyncEndpoints:
     async def list_own_jobs(
         self, *, status: str | None, name: str | None, limit: int, cursor: str | None, owner: str | None
     ) -> JobPage:
-        matches = _filter(status, name, owner)
+        matches = job_filter(status, name, owner)
         return JobPage.of(await self._async.run(self.submitter.page(matches, limit, cursor)))
 
-    async def submit_request(
-        self,
-        name: str,
-        *,
-        model: Any,
-        body: Any,
-        body_text: str | None,
-        headers: Sequence[tuple[str, str]],
-        route_params: Mapping[str, Any],
-        query: str,
-        job_id: UUID | None,
-        owner: str | None,
-    ) -> Accepted:
-        """Submit what an HTTP request asks for. The body travels as it was sent: validated here, and again by the
-        worker's own model."""
-        captured = CapturedRequest(
-            payload=body_text,
-            headers=self._captured_headers(headers),
-            route_params=dict(route_params),
-            query=query,
-        )
-        payload = _canonical(model, body, body_text)
-        submission = self._build(name, captured, payload, job_id, owner, 0.0)
-        return await self._async.run(self.submitter.submit(submission))
-
-    def _captured_headers(self, headers: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-        dropped = self.settings.dropped_headers
-        kept = tuple((key, value) for key, value in headers if key.lower() not in dropped)
-        size = sum(len(key) + len(value) for key, value in kept)
-        if size > self.settings.max_header_bytes:
-            raise RequestRefused(
-                431,
-                "HEADERS_TOO_LARGE",
-                f"the headers have {size} bytes, max_header_bytes is {self.settings.max_header_bytes}",
-            )
-        return kept
-
-    # Building submissions.
-
-    def _submission(
-        self,
-        name: str,
-        request: Any,
-        headers: HeadersLike | None,
-        route_params: Mapping[str, Any] | None,
-        query_params: QueryLike | None,
-        job_id: UUID | str | None,
-        owner: str | None,
-        delay_seconds: float | None,
-    ) -> Submission:
-        payload, by_name = self._payload(check_name(name), request)
-        text = None if payload is _NO_PAYLOAD else canonical_json(payload)
-        size, limit = len((text or "").encode()), self.settings.max_payload_bytes
-        if size > limit:
-            raise PayloadTooLarge(f"the payload of {name} has {size} bytes, max_payload_bytes is {limit}")
-        items = headers.items() if isinstance(headers, (Headers, Mapping)) else list(headers or ())
-        captured = CapturedRequest(
-            payload=text,
-            headers=self._captured_headers([(str(key), str(value)) for key, value in items]),
-            route_params=to_jsonable_python(dict(route_params or {}), fallback=str),
-            query=_query_string(query_params),
-            by_name=by_name,
-        )
-        delay = 0.0 if delay_seconds is None else float(delay_seconds)
-        if not 0 <= delay < float("inf"):
-            raise ValueError(f"delay_seconds={delay_seconds!r}: give seconds from now, 0 or more")
-        chosen = None if job_id is None else as_uuid(job_id)
-        return self._build(name, captured, None if payload is _NO_PAYLOAD else payload, chosen, owner, delay)
-
-    def _payload(self, name: str, request: Any) -> tuple[Any, bool]:
-        """The request as a JSON value, and whether it is spelt by field names.
-
-        Raises pydantic.ValidationError when it does not fit the handler's model.
-        """
-        handler = self.registry.get(name)
-        if handler is None:
-            return (_NO_PAYLOAD, False) if request is None else (to_jsonable_python(request), True)
-        adapter = handler.request_adapter
-        if adapter is None:
-            if request is not None:
-                raise ValueError(f"handler {name!r} takes no request: annotate its context AsyncContext[Model]")
-            return _NO_PAYLOAD, False
-        validated = adapter.validate_python(request, by_alias=True, by_name=True)
-        return adapter.dump_python(validated, mode="json", by_alias=False), True
-
-    def _build(
-        self,
-        name: str,
-        captured: CapturedRequest,
-        payload: Any,
-        job_id: UUID | None,
-        owner: str | None,
-        delay: float,
-    ) -> Submission:
-        handler = self.registry.get(name)
-        query = parse_qsl(captured.query, keep_blank_values=True)
-        return Submission(
-            job_id=job_id or uuid4(),
-            name=name,
-            request=captured,
-            fingerprint=fingerprint(payload, captured.route_params, query),
-            owner=owner,
-            max_retries=handler.retry.max_retries if handler else self.settings.default_max_retries,
-            retention_seconds=handler.retention_seconds if handler else self.settings.retention_seconds,
-            delay_seconds=delay,
-        )
+    async def submit_request(self, request: HttpSubmission) -> Accepted:
+        """Submit what an HTTP request asks for."""
+        return await self._async.run(self.submitter.submit(self.intake.from_http(request)))
 
     # The application's life.
 
@@ -468,8 +367,15 @@ class SyncEndpoints:
         owner: str | None = None,
         delay_seconds: float | None = None,
     ) -> Job:
-        submission = self._endpoints._submission(
-            name, request, headers, route_params, query_params, job_id, owner, delay_seconds
+        submission = self._endpoints.intake.from_python(
+            name,
+            request,
+            headers=headers,
+            route_params=route_params,
+            query_params=query_params,
+            job_id=job_id,
+            owner=owner,
+            delay_seconds=delay_seconds,
         )
         return self._driver.run(self._endpoints.submitter.submit(submission)).job
 
@@ -489,99 +395,9 @@ class SyncEndpoints:
         limit: int = 50,
         cursor: str | None = None,
     ) -> JobPage:
-        matches = _filter(status, name)
-        _check_limit(limit)
+        matches = job_filter(status, name)
+        check_limit(limit)
         return JobPage.of(self._driver.run(self._endpoints.submitter.page(matches, limit, cursor)))
-
-
-@dataclass(frozen=True)
-class JobPage(Sequence[Job]):
-    """A page of jobs, newest first; `next_cursor` begins the next one, None after the last."""
-
-    items: list[Job]
-    next_cursor: str | None
-
-    @classmethod
-    def of(cls, page: Page) -> JobPage:
-        return cls(page.jobs, page.next_cursor)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[index]
-
-    def __iter__(self) -> Iterator[Job]:
-        return iter(self.items)
-
-
-class JobListing:
-    """What `list_jobs` returns: `await` it for a page, `async for` over it for all jobs."""
-
-    def __init__(self, fetch: Callable[[str | None], Awaitable[JobPage]], cursor: str | None) -> None:
-        self._fetch = fetch
-        self._cursor = cursor
-
-    def __await__(self) -> Generator[Any, None, JobPage]:
-        return self._fetch(self._cursor).__await__()
-
-    async def __aiter__(self) -> AsyncIterator[Job]:
-        cursor = self._cursor
-        while True:
-            page = await self._fetch(cursor)
-            for job in page:
-                yield job
-            cursor = page.next_cursor
-            if cursor is None:
-                return
-
-
-_NO_PAYLOAD = object()
-
-
-def as_uuid(job_id: UUID | str) -> UUID:
-    """Raises ValueError when it is no UUID."""
-    return job_id if isinstance(job_id, UUID) else UUID(job_id)
-
-
-def _canonical(model: Any, body: Any, body_text: str | None) -> Any:
-    """What makes two bodies the same: the validated value, so that white space and left-out defaults do not count."""
-    if model is None:
-        return None
-    payload = _adapter(model).dump_python(body, mode="json", by_alias=False)
-    # Secrets dump as asterisks, all alike: then the text itself must tell two bodies apart.
-    return [payload, body_text] if "**********" in canonical_json(payload) else payload
-
-
-@functools.lru_cache(maxsize=256)
-def _adapter(model: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(model)
-
-
-def _query_string(query: QueryLike | None) -> str:
-    if query is None or isinstance(query, str):
-        return query or ""
-    if isinstance(query, QueryParams):
-        return urlencode(query.multi_items())
-    return urlencode(query, doseq=True) if isinstance(query, Mapping) else urlencode(list(query))
-
-
-def _filter(status: JobStatus | str | None, name: str | None, owner: str | None = None) -> Callable[[Job], bool]:
-    wanted = None if status is None else JobStatus.parse(status)
-
-    def matches(job: Job) -> bool:
-        return (
-            (wanted is None or job.status is wanted)
-            and (name is None or job.name == name)
-            and (owner is None or job.owner == owner)
-        )
-
-    return matches
-
-
-def _check_limit(limit: int) -> None:
-    if limit < 1:
-        raise ValueError(f"limit={limit}: ask for at least one job")
 
 
 def _check_broker_is_redis(url: str | None) -> None:

@@ -60,6 +60,10 @@ class PayloadTooLarge(AsyncEndpointsError):
     """The request is larger than `max_payload_bytes`; nothing was stored."""
 
 
+class HeadersTooLarge(PayloadTooLarge):
+    """The captured headers are larger than `max_header_bytes`; nothing was stored."""
+
+
 class StoreUnavailable(AsyncEndpointsError):
     """Redis or the broker did not answer in time.
 

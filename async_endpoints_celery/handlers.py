@@ -262,7 +262,7 @@ def _number(
 def _priority(value: Any) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 255):
         raise ConfigurationError(f"priority={value!r}: it must be a whole number from 0 to 255")
-    return cast("int | None", value)
+    return value
 
 
 def _exception_types(name: str, value: Any) -> tuple[type[BaseException], ...]:

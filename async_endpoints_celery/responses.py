@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from async_endpoints_celery.errors import (
     AsyncEndpointsError,
+    HeadersTooLarge,
     JobConflict,
     JobNotFound,
     PayloadTooLarge,
@@ -187,6 +188,8 @@ def submission_error(error: Exception, request: Request) -> Response:
             return problem(request, 409, "JOB_CONFLICT", str(error), job_id=error.job_id)
         case JobNotFound():
             return problem(request, 404, "JOB_NOT_FOUND", str(error))
+        case HeadersTooLarge():
+            return problem(request, 431, "HEADERS_TOO_LARGE", str(error))
         case PayloadTooLarge():
             return problem(request, 413, "PAYLOAD_TOO_LARGE", str(error))
         case QueueFull():

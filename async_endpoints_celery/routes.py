@@ -11,7 +11,6 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, HTTPException, Path, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import NoMatchFound, compile_path
@@ -20,6 +19,7 @@ from async_endpoints_celery import openapi
 from async_endpoints_celery.bodies import JobRequest, body_dependency, receive_json, share_body
 from async_endpoints_celery.errors import AsyncEndpointsError, ConfigurationError
 from async_endpoints_celery.handlers import RegisteredHandler, check_name
+from async_endpoints_celery.intake import HttpSubmission
 from async_endpoints_celery.jobs import Job, JobStatus
 from async_endpoints_celery.responses import (
     SCOPE_KEY,
@@ -291,17 +291,18 @@ def _submitting_endpoint(
                 raise TypeError(f"validate= of {path} returned {verdict!r}: return None to go on, or a Response")
             return verdict
         _require_owner(endpoints, owner)
-        accepted = await endpoints.submit_request(
-            name,
+        submission = HttpSubmission(
+            name=name,
             model=model,
             body=body,
             body_text=request._job_body.decode() if model is not None else None,
-            headers=_header_items(request.headers),
+            headers=request.headers.items(),
             route_params=request.path_params,
             query=request.scope.get("query_string", b"").decode("latin-1"),
             job_id=_requested_id(request),
             owner=owner,
         )
+        accepted = await endpoints.submit_request(submission)
         edge.tell(request, accepted.job, replayed=accepted.replayed)
         return await answer(endpoints.responses.job_submitted, accepted.job, request)
 
@@ -442,10 +443,6 @@ def _requested_id(request: Request) -> UUID | None:
         return UUID(text.strip())
     except ValueError:
         raise RequestRefused(400, "REQUEST_ID_INVALID", f"X-Async-Request-Id {text[:80]!r} is not a UUID") from None
-
-
-def _header_items(headers: Headers) -> list[tuple[str, str]]:
-    return headers.items()
 
 
 def _description(handler: RegisteredHandler | None) -> str:
