@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from celery import Celery
+from celery.concurrency.thread import TaskPool
 from celery.utils.nodenames import anon_nodename
 from celery.worker import WorkController
 
@@ -26,6 +28,18 @@ MEMORY_POLLING_SECONDS = 0.02
 #: Seconds the worker has to become ready, and to finish what it runs when the application stops.
 START_WITHIN = 10.0
 STOP_WITHIN = 10.0
+
+
+class _ThreadPool(TaskPool):
+    """Celery's thread pool, whose threads know which app they work for.
+
+    A worker process makes its app the default for all its threads; here other apps may live in the same process.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.executor.shutdown()
+        self.executor = ThreadPoolExecutor(self.limit, "async-endpoints-pool", initializer=self.app.set_current)
 
 
 class _QuietWorker(WorkController):
@@ -58,17 +72,22 @@ class EmbeddedWorker:
         self._worker = _QuietWorker(
             app=self._celery,
             hostname=anon_nodename(),
-            pool_cls="threads",
+            pool_cls=_ThreadPool,
             concurrency=CONCURRENCY,
             without_heartbeat=True,
             without_mingle=True,
             without_gossip=True,
         )
-        self._thread = threading.Thread(target=self._worker.start, name="async-endpoints-worker", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="async-endpoints-worker", daemon=True)
         self._thread.start()
         if not await asyncio.to_thread(self._worker.ready.wait, START_WITHIN):
             raise RuntimeError(f"the embedded Celery worker was not ready within {START_WITHIN:g} s; see its log")
         self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
+
+    def _work(self) -> None:
+        assert self._worker is not None
+        self._celery.set_current()
+        self._worker.start()
 
     async def _sweep(self) -> None:
         while True:

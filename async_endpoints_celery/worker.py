@@ -101,6 +101,7 @@ class EventLoopThread:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
         self._pid = 0
 
     @property
@@ -109,8 +110,18 @@ class EventLoopThread:
             if self._loop is None or self._pid != os.getpid():
                 self._pid = os.getpid()
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="async-endpoints-loop", daemon=True).start()
+                self._thread = threading.Thread(target=self._run, name="async-endpoints-loop", daemon=True)
+                self._thread.start()
             return self._loop
+
+    def _run(self) -> None:
+        loop = self._loop
+        assert loop is not None
+        try:
+            loop.run_forever()
+        finally:
+            loop.run_until_complete(loop.shutdown_default_executor())
+            loop.close()
 
     def run(self, coroutine: Coroutine[Any, Any, R]) -> R:
         """The coroutine's result. Interrupting the waiting thread cancels the coroutine."""
@@ -122,10 +133,12 @@ class EventLoopThread:
             raise
 
     def stop(self) -> None:
+        """End the loop and its threads; the next handler gets a new one."""
         with self._lock:
-            loop, self._loop = self._loop, None
-        if loop is not None and self._pid == os.getpid():
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is not None and thread is not None and self._pid == os.getpid():
             loop.call_soon_threadsafe(loop.stop)
+            thread.join(timeout=5)
 
 
 class RunningAttempt:

@@ -9,7 +9,6 @@ The files are read from CSV_DATA_DIR (default: ./data), the reports written to C
 import csv
 import os
 import statistics
-import tempfile
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from decimal import Decimal, InvalidOperation
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, BinaryIO, TextIO
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from celery import Celery
 from fastapi import FastAPI, Request
@@ -82,16 +81,13 @@ def report_path(job_id: UUID) -> Path:
 def written_at_once(path: Path) -> Iterator[TextIO]:
     """A file that appears under its name when it is complete, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=".part-", newline="", encoding="utf-8", delete=False
-    ) as file:
-        part = Path(file.name)
-        try:
+    part = path.with_name(f".{path.name}.{uuid4().hex}")  # of its own: a lost attempt may still be writing
+    try:
+        with part.open("w", newline="", encoding="utf-8") as file:
             yield file
-            file.close()
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # The job.
