@@ -34,7 +34,7 @@ class Sendable:
     """The arguments of `apply_async` for one message."""
 
     task_name: str
-    args: tuple[int, str]
+    args: tuple[int, str, int]
     options: dict[str, Any]
 
 

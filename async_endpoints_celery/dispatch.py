@@ -58,17 +58,13 @@ class Message:
     attempt: int = 1
     retries: int = 0
     countdown: float | None = None
+    #: The number of this message among those of its attempt.
+    copy: int = 0
 
     @classmethod
-    def of(cls, stored: StoredRequest, *, attempt: int | None = None, retries: int | None = None) -> Message:
-        """The message of a stored job, to be published again now."""
-        return cls(
-            stored.id,
-            stored.name,
-            stored.request,
-            attempt=stored.attempt if attempt is None else attempt,
-            retries=stored.retries if retries is None else retries,
-        )
+    def again(cls, stored: StoredRequest) -> Message:
+        """Another message of the attempt that a stored job waits for."""
+        return cls(stored.id, stored.name, stored.request, stored.attempt, stored.retries, copy=stored.next_copy)
 
 
 # What a use case asks the dispatcher for (see drivers.py).
@@ -192,7 +188,7 @@ class Dispatcher:
         }
         if message.countdown:
             options["countdown"] = message.countdown
-        return Sendable(self.task_name(message.name), (message.attempt, message.request), options)
+        return Sendable(self.task_name(message.name), (message.attempt, message.request, message.copy), options)
 
     def _apply(self, message: Message) -> None:
         task = self.celery.tasks.get(self.task_name(message.name))
@@ -201,7 +197,12 @@ class Dispatcher:
                 f"task_always_eager runs jobs in this process, and it has no handler {message.name!r}"
             )
         # The record says how the job went; `task_eager_propagates` is about the caller's own tasks.
-        task.apply((message.attempt, message.request), task_id=message.job_id, retries=message.retries, throw=False)
+        task.apply(
+            (message.attempt, message.request, message.copy),
+            task_id=message.job_id,
+            retries=message.retries,
+            throw=False,
+        )
 
 
 async def _in_thread(executor: Executor, function: Callable[[Sendable], R], sendable: Sendable) -> R:

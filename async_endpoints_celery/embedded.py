@@ -36,6 +36,8 @@ class _ThreadPool(TaskPool):
     A worker process makes its app the default for all its threads; here other apps may live in the same process.
     """
 
+    executor: ThreadPoolExecutor
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.executor.shutdown()

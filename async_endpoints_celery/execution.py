@@ -30,7 +30,7 @@ from async_endpoints_celery.errors import (
     JobFailed,
 )
 from async_endpoints_celery.handlers import RegisteredHandler
-from async_endpoints_celery.operations import Claimed, Operations
+from async_endpoints_celery.operations import Claimed, Operations, Refused
 from async_endpoints_celery.outbox import hand_over
 from async_endpoints_celery.results import MethodResult
 from async_endpoints_celery.settings import Settings
@@ -53,6 +53,7 @@ class Delivery:
     name: str
     attempt: int
     request: str
+    copy: int
     #: Unique to this delivery; two of the same message are two runners, and one of them loses.
     runner: str
     #: The worker's name, for people.
@@ -100,11 +101,12 @@ class Executor:
         self._dispatcher = dispatcher
         self._settings = settings
 
-    def claim(self, delivery: Delivery, handler: RegisteredHandler | None) -> Flow[Claimed | None]:
-        """The right to run the attempt, or None when somebody else has it or nobody should."""
-        claimed: Claimed | None = yield self._operations.claim(
+    def claim(self, delivery: Delivery, handler: RegisteredHandler | None) -> Flow[Claimed | Refused]:
+        """The right to run the attempt, unless somebody else has it or nobody should."""
+        claimed: Claimed | Refused = yield self._operations.claim(
             delivery.job_id,
             attempt=delivery.attempt,
+            copy=delivery.copy,
             runner=delivery.runner,
             worker=delivery.worker,
             lease_ms=milliseconds(self._settings.job_claim_timeout_seconds),
@@ -139,8 +141,7 @@ class Executor:
         except JobCanceled:
             return Canceled()
         except JobTimedOut as error:
-            message = f"{delivery.name} took longer than {handler.timeout_seconds:g} s (timeout_seconds)"
-            return Failed(AsyncEndpointError(code=JOB_TIMEOUT, message=message), error)
+            return timed_out(handler, error)
         except Exception as error:
             return Failed(AsyncEndpointError.of(error), error)
         return self._judge(delivery.name, returned)
@@ -213,6 +214,11 @@ class Executor:
             return Ending(refused=True)
         yield from hand_over(self._operations, self._dispatcher, message)
         return Ending(retry_in=delay)
+
+
+def timed_out(handler: RegisteredHandler, cause: JobTimedOut) -> Failed:
+    message = f"{handler.name} took longer than {handler.timeout_seconds:g} s (timeout_seconds)"
+    return Failed(AsyncEndpointError(code=JOB_TIMEOUT, message=message), cause)
 
 
 def _next_delay(claimed: Claimed, handler: RegisteredHandler | None, outcome: Failed) -> float | None:

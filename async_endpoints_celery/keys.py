@@ -6,6 +6,7 @@
     ae:running        zset    InProgress jobs           → when their lease ends
     ae:ended          zset    jobs that are over        → when their retention ends
     ae:jobs           zset    all jobs                  → when they were created
+    ae:claimed        hash    how far the queue of each job name is (scripts/redispatch.lua)
     ae:sweep          hash    when the sweep last ran
     ae:changes:<id>   channel "<version> <status>" for each change of a job
 
@@ -40,6 +41,10 @@ class Keys:
         return f"{self.prefix}:jobs"
 
     @property
+    def claimed(self) -> str:
+        return f"{self.prefix}:claimed"
+
+    @property
     def sweep(self) -> str:
         return f"{self.prefix}:sweep"
 
@@ -53,5 +58,6 @@ class Keys:
         return f"{self.prefix}:changes:{job_id}"
 
     def of_job(self, job_id: str) -> list[str]:
-        """KEYS 1–6 of every script that moves one job, in the order of scripts/prelude.lua."""
-        return [self.job(job_id), self.request(job_id), self.waiting, self.running, self.ended, self.jobs]
+        """KEYS 1–7 of every script that moves one job, in the order of scripts/prelude.lua."""
+        own = [self.job(job_id), self.request(job_id)]
+        return [*own, self.waiting, self.running, self.ended, self.jobs, self.claimed]

@@ -107,15 +107,23 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """The job is not waiting for this attempt; its status, or None where there is no such job."""
+
+    status: JobStatus | None
+
+
+@dataclass(frozen=True, slots=True)
 class StoredRequest:
     """What is needed to publish the message of a job again."""
 
     id: str
     name: str
     status: JobStatus
-    owner: str | None
     attempt: int
     retries: int
+    #: The number that the next message of this attempt has among them: 0 for the first.
+    next_copy: int
     request: str
 
 
@@ -204,14 +212,22 @@ class Operations:
             dispatch_after_ms=dispatch_after_ms,
         )
 
-    def dispatched(self, job_id: str, *, attempt: int, dispatch_after_ms: int) -> Call[bool]:
-        return self._call("dispatched", job_id, _accepted, attempt=attempt, dispatch_after_ms=dispatch_after_ms)
+    def dispatched(self, job_id: str, *, attempt: int, delay_ms: int, dispatch_after_ms: int) -> Call[bool]:
+        return self._call(
+            "dispatched",
+            job_id,
+            _accepted,
+            attempt=attempt,
+            delay_ms=delay_ms,
+            dispatch_after_ms=dispatch_after_ms,
+        )
 
     def claim(
         self,
         job_id: str,
         *,
         attempt: int,
+        copy: int,
         runner: str,
         worker: str,
         lease_ms: int,
@@ -219,15 +235,17 @@ class Operations:
         grace_ms: int,
         max_retries: int | None,
         retention_ms: int | None,
-    ) -> Call[Claimed | None]:
-        """None: the job is not waiting for this attempt (a duplicate, a late message, a canceled job)."""
+    ) -> Call[Claimed | Refused]:
+        """Refused for a duplicate, a late message or a canceled job."""
 
-        def read(reply: Any) -> Claimed | None:
+        def read(reply: Any) -> Claimed | Refused:
             match reply:
                 case ["CLAIMED", fence, retries, limit, owner]:
                     return Claimed(fence, int(retries), int(limit), owner or None)
-                case ["NOT_WAITING", _] | ["NOT_FOUND"]:
-                    return None
+                case ["NOT_WAITING", status]:
+                    return Refused(JobStatus.parse(status))
+                case ["NOT_FOUND"]:
+                    return Refused(None)
             raise unexpected("claim", reply)
 
         return self._call(
@@ -235,6 +253,7 @@ class Operations:
             job_id,
             read,
             attempt=attempt,
+            copy=copy,
             runner=runner,
             worker=worker,
             lease_ms=lease_ms,
@@ -271,22 +290,15 @@ class Operations:
 
     def stored_requests(self, job_ids: Sequence[str]) -> Query[dict[str, StoredRequest | None]]:
         """What the messages of these jobs are made of; None for a job that is not (completely) stored."""
+        fields = ("name", "status", "attempt", "retries", "copies", "dispatched")
         commands: list[tuple[str | int, ...]] = []
         for job_id in job_ids:
-            commands.append(("HMGET", self.keys.job(job_id), "name", "status", "owner", "attempt", "retries"))
+            commands.append(("HMGET", self.keys.job(job_id), *fields))
             commands.append(("GET", self.keys.request(job_id)))
 
         def read(replies: list[Any]) -> dict[str, StoredRequest | None]:
-            found: dict[str, StoredRequest | None] = {}
-            for job_id, record, request in zip(job_ids, replies[::2], replies[1::2], strict=True):
-                name, status, owner, attempt, retries = record
-                complete = name is not None and request is not None
-                found[job_id] = (
-                    StoredRequest(job_id, name, JobStatus.parse(status), owner, int(attempt), int(retries), request)
-                    if complete
-                    else None
-                )
-            return found
+            records = zip(job_ids, replies[::2], replies[1::2], strict=True)
+            return {job_id: _stored_request(job_id, record, request) for job_id, record, request in records}
 
         return Query(commands, read)
 
@@ -355,8 +367,9 @@ class Operations:
             dispatch_after_ms=dispatch_after_ms,
         )
 
-    def release(self, job_id: str, *, fence: str, dispatch_after_ms: int, publication: Publication = ()) -> Call[bool]:
-        return self._call("release", job_id, _accepted, publication, fence=fence, dispatch_after_ms=dispatch_after_ms)
+    def release(self, job_id: str, *, runner: str, dispatch_after_ms: int) -> Call[bool]:
+        """By the worker's main process, which knows the runner and not its fence."""
+        return self._call("release", job_id, _accepted, runner=runner, dispatch_after_ms=dispatch_after_ms)
 
     def canceled(self, job_id: str, *, fence: str) -> Call[bool]:
         return self._call("canceled", job_id, _accepted, fence=fence)
@@ -407,8 +420,14 @@ class Operations:
             "retry", job_id, read, publication, attempt=attempt, nonce=nonce, dispatch_after_ms=dispatch_after_ms
         )
 
+    def judge(self, job_ids: Sequence[str], *, dispatch_after_ms: int) -> Call[list[str]]:
+        """DISPATCH, POSTPONED or GONE for each of these waiting jobs that are due."""
+        keys = [self.keys.waiting, self.keys.claimed, *map(self.keys.job, job_ids)]
+        bounds = [dispatch_after_ms, max(MAX_REDISPATCH_MS, dispatch_after_ms)]
+        return Call(Script.load("judge"), keys, [*bounds, *job_ids], list)
+
     def redispatch(
-        self, job_id: str, *, attempt: int, dispatch_after_ms: int, publication: Publication = ()
+        self, job_id: str, *, attempt: int, copy: int, dispatch_after_ms: int, publication: Publication = ()
     ) -> Call[bool]:
         return self._call(
             "redispatch",
@@ -416,6 +435,7 @@ class Operations:
             _accepted,
             publication,
             attempt=attempt,
+            copy=copy,
             dispatch_after_ms=dispatch_after_ms,
             max_after_ms=max(MAX_REDISPATCH_MS, dispatch_after_ms),
         )
@@ -425,6 +445,7 @@ class Operations:
         job_id: str,
         *,
         runner: str,
+        returns: bool,
         recovery_limit: int,
         lost_failure: str,
         overdue_failure: str,
@@ -438,6 +459,7 @@ class Operations:
             lambda reply: str(reply[0]),
             publication,
             runner=runner,
+            returns=int(returns),
             recovery_limit=recovery_limit,
             lost_failure=lost_failure,
             overdue_failure=overdue_failure,
@@ -462,6 +484,14 @@ def pairs(fields: Sequence[str] | Mapping[str, str]) -> Mapping[str, str]:
     if isinstance(fields, Mapping):
         return fields
     return dict(zip(fields[::2], fields[1::2], strict=True))
+
+
+def _stored_request(job_id: str, record: Sequence[str | None], request: str | None) -> StoredRequest | None:
+    name, status, attempt, retries, copies, dispatched = record
+    if name is None or status is None or attempt is None or retries is None or request is None:
+        return None
+    next_copy = int(copies or 0) + (1 if dispatched else 0)
+    return StoredRequest(job_id, name, JobStatus.parse(status), int(attempt), int(retries), next_copy, request)
 
 
 def _scored(reply: Sequence[Any]) -> list[tuple[str, str]]:

@@ -21,6 +21,10 @@ def hand_over(operations: Operations, dispatcher: Dispatcher, message: Message) 
     confirmed = yield Publish(message)
     if not confirmed:
         return
-    after = dispatcher.redispatch_ms + milliseconds(message.countdown or 0)
     with suppress(StoreUnavailable):  # then the sweep publishes a copy, which runs nothing
-        yield operations.dispatched(message.job_id, attempt=message.attempt, dispatch_after_ms=after)
+        yield operations.dispatched(
+            message.job_id,
+            attempt=message.attempt,
+            delay_ms=milliseconds(message.countdown or 0),
+            dispatch_after_ms=dispatcher.redispatch_ms,
+        )

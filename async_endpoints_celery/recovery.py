@@ -71,11 +71,8 @@ class Sweeper:
                 running = []
             if not waiting and not running:
                 break
-            stored = yield self._operations.stored_requests([*waiting, *running])
-            for job_id in waiting:
-                dispatched += yield from self._redispatch(job_id, stored[job_id])
-            for job_id in running:
-                recovered += yield from self._recover(job_id, stored[job_id])
+            dispatched += yield from self._dispatch_waiting(waiting)
+            recovered += yield from self._recover_running(running)
         for _ in range(MAX_BATCHES):
             forgotten = yield self._operations.prune(BATCH)
             pruned += forgotten
@@ -85,31 +82,49 @@ class Sweeper:
             logger.info("sweep: %d jobs dispatched, %d recovered", dispatched, recovered)
         return Swept(dispatched, recovered, pruned)
 
-    def _redispatch(self, job_id: str, stored: StoredRequest | None) -> Flow[int]:
-        if stored is None:
-            # Nothing to run: the record or its request was deleted by hand. The script tidies the index.
-            yield self._operations.redispatch(job_id, attempt=0, dispatch_after_ms=self._dispatcher.redispatch_ms)
+    def _dispatch_waiting(self, due: list[str]) -> Flow[int]:
+        after, dispatched = self._dispatcher.redispatch_ms, 0
+        if not due:
             return 0
-        message = Message.of(stored)
+        verdicts = yield self._operations.judge(due, dispatch_after_ms=after)
+        needed = [job_id for job_id, verdict in zip(due, verdicts, strict=True) if verdict == "DISPATCH"]
+        stored = yield self._operations.stored_requests(needed)
+        for job_id in needed:
+            dispatched += yield from self._redispatch(job_id, stored[job_id], after)
+        return dispatched
+
+    def _redispatch(self, job_id: str, stored: StoredRequest | None, after: int) -> Flow[int]:
+        if stored is None:
+            logger.error("job %s waits and its request is gone from Redis: it cannot run", job_id)
+            return 0
+        message = Message.again(stored)
         publication = yield Capture(message)
         done = yield self._operations.redispatch(
             job_id,
             attempt=stored.attempt,
-            dispatch_after_ms=self._dispatcher.redispatch_ms,
+            copy=message.copy,
+            dispatch_after_ms=after,
             publication=publication,
         )
         if done:
-            # Not confirmed to the outbox: the script has counted this copy, and backs off by itself.
             yield from hand_over(self._operations, self._dispatcher, message)
         return int(done)
 
+    def _recover_running(self, expired: list[str]) -> Flow[int]:
+        recovered = 0
+        stored = yield self._operations.stored_requests(expired)
+        for job_id in expired:
+            recovered += yield from self._recover(job_id, stored[job_id])
+        return recovered
+
     def _recover(self, job_id: str, stored: StoredRequest | None) -> Flow[int]:
         name = stored.name if stored else "the job"
-        message = Message.of(stored, retries=stored.retries + 1) if stored else None
+        message = Message(job_id, name, stored.request, stored.attempt, retries=stored.retries + 1) if stored else None
         publication = (yield Capture(message)) if message else ()
         outcome = yield self._operations.recover(
             job_id,
             runner="",
+            returns=False,
             recovery_limit=self._settings.recovery_maximum_retries,
             lost_failure=lost_failure(name),
             overdue_failure=overdue_failure(name),

@@ -113,7 +113,7 @@ class Submitter:
         if stored is None or stored.status not in (JobStatus.FAILED, JobStatus.CANCELED):
             job = yield from self._existing(job_id)
             raise not_retryable(str(job_id), str(job.status))
-        message = Message.of(stored, attempt=stored.attempt + 1, retries=0)
+        message = Message(stored.id, stored.name, stored.request, attempt=stored.attempt + 1)
         publication = yield Capture(message)
         yield self._operations.retry(
             str(job_id),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
@@ -14,7 +15,7 @@ from celery import Celery, Task, bootsteps, signals
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.worker.request import Request
 
-from async_endpoints_celery.context import AsyncContext
+from async_endpoints_celery.context import AsyncContext, JobCanceled
 from async_endpoints_celery.drivers import SyncDriver
 from async_endpoints_celery.errors import JobFailed, StoreUnavailable
 from async_endpoints_celery.execution import (
@@ -26,9 +27,12 @@ from async_endpoints_celery.execution import (
     Failed,
     JobTimedOut,
     Outcome,
+    timed_out,
 )
 from async_endpoints_celery.handlers import HandlerRegistry, RegisteredHandler
-from async_endpoints_celery.operations import Claimed, Operations
+from async_endpoints_celery.jobs import JobStatus
+from async_endpoints_celery.leases import LeaseKeeper
+from async_endpoints_celery.operations import Claimed, Operations, Refused
 from async_endpoints_celery.recovery import Sweeper, lost_failure, overdue_failure
 from async_endpoints_celery.settings import Settings
 from async_endpoints_celery.worker import (
@@ -37,7 +41,6 @@ from async_endpoints_celery.worker import (
     CancelWatch,
     EventLoopThread,
     HiddenBodies,
-    LeaseKeeper,
     RunningAttempt,
     call_handler,
 )
@@ -46,6 +49,8 @@ logger = logging.getLogger("async_endpoints_celery")
 
 #: The header with which the worker's main process tells its pool process who the runner is.
 RUNNER_HEADER = "async_endpoints_runner"
+#: Seconds between two looks at whether a pool process has died.
+POOL_CHECK_SECONDS = 1.0
 BEAT_ENTRY = "async-endpoints-sweep"
 
 
@@ -74,6 +79,11 @@ class WorkerRuntime:
         return self._open_driver()
 
     @cached_property
+    def hasty_driver(self) -> SyncDriver:
+        """For the worker's main process, which must not wait for Redis: what fails is left to the sweep."""
+        return SyncDriver(self.driver.store, self.driver.dispatcher)
+
+    @cached_property
     def executor(self) -> Executor:
         return Executor(self.operations, self.driver.dispatcher, self.settings)
 
@@ -91,12 +101,16 @@ class WorkerRuntime:
 
     # One attempt, in the pool.
 
-    def run(self, delivery: Delivery, *, keep_lease: bool) -> tuple[Outcome, Ending] | None:
-        """What became of the attempt, or None when the job was not to be had."""
+    def run(self, delivery: Delivery, *, keep_lease: bool) -> tuple[Outcome, Ending] | Refused:
+        """What became of the attempt, or why there was none.
+
+        Args:
+            keep_lease: renew it from here, for there is no worker's main process that would.
+        """
         handler = self.registry.get(delivery.name)
         claimed = self.driver.run(self.executor.claim(delivery, handler))
-        if claimed is None:
-            return None
+        if isinstance(claimed, Refused):
+            return claimed
         if not keep_lease:
             return self._attempt(delivery, claimed, handler)
         self.keeper.start()
@@ -109,12 +123,13 @@ class WorkerRuntime:
     def _attempt(
         self, delivery: Delivery, claimed: Claimed, handler: RegisteredHandler | None
     ) -> tuple[Outcome, Ending]:
+        is_async = handler is not None and handler.is_async
         attempt = RunningAttempt(
             self.driver.store,
             self.operations,
             delivery.job_id,
             claimed.fence,
-            watch=self.watch if handler is not None and handler.is_async else None,
+            watch=self.watch if is_async else None,
         )
         call = call_handler(self.loop, attempt, self.watch)
 
@@ -122,11 +137,33 @@ class WorkerRuntime:
             try:
                 return call(handler, context)
             except SoftTimeLimitExceeded as error:
+                # The same signal tells of the deadline and of a cancel that was not heeded.
+                if attempt.cancellation_requested():
+                    raise JobCanceled from error
                 raise JobTimedOut from error
 
-        outcome = self.executor.run(delivery, claimed, handler, attempt, interruptible)
+        with self._deadline(delivery, claimed, handler):
+            outcome = self.executor.run(delivery, claimed, handler, attempt, interruptible)
         ending = self.driver.run(self.executor.finish(delivery, claimed, handler, outcome))
         return outcome, ending
+
+    @contextmanager
+    def _deadline(self, delivery: Delivery, claimed: Claimed, handler: RegisteredHandler | None) -> Iterator[None]:
+        """End the record on time where the pool cannot interrupt a sync handler; its late result is then refused."""
+        if handler is None or handler.is_async or not self.keeper.is_here:
+            yield
+            return
+
+        def overdue() -> None:
+            logger.warning("job %s (%s) is past its deadline and cannot be interrupted", delivery.job_id, handler.name)
+            outcome = timed_out(handler, JobTimedOut())
+            self.hasty_driver.run(self.executor.finish(delivery, claimed, handler, outcome))
+
+        self.keeper.limit(delivery.runner, handler.timeout_seconds, overdue)
+        try:
+            yield
+        finally:
+            self.keeper.unlimit(delivery.runner)
 
     # In the worker's main process.
 
@@ -142,6 +179,7 @@ class WorkerRuntime:
                 self.operations.recover(
                     job_id,
                     runner=runner,
+                    returns=requeued,
                     recovery_limit=self.settings.recovery_maximum_retries,
                     lost_failure=lost_failure(name),
                     overdue_failure=overdue_failure(name),
@@ -153,9 +191,21 @@ class WorkerRuntime:
         else:
             logger.warning("job %s (%s) lost its process: %s", job_id, name, outcome)
 
-    def unknown(self, job_id: str, name: str, attempt: int, request: str, worker: str) -> None:
+    def give_back(self, job_id: str, name: str, runner: str) -> None:
+        """This worker stops before the job is done. The message goes back to its queue, and it costs no retry."""
+        try:
+            given = self.driver.store.run(
+                self.operations.release(job_id, runner=runner, dispatch_after_ms=self.driver.dispatcher.redispatch_ms)
+            )
+        except StoreUnavailable as error:
+            logger.warning("job %s (%s) not given back; the sweep recovers it: %s", job_id, name, error)
+        else:
+            logger.info("job %s (%s) given back: %s", job_id, name, given)
+
+    def unknown(self, job_id: str, name: str, args: list[Any], worker: str) -> None:
         """A job for which no handler is registered here: claim it and fail it."""
-        delivery = Delivery(job_id, name, attempt, request, uuid4().hex, worker)
+        attempt, request, copy = args
+        delivery = Delivery(job_id, name, attempt, request, copy, uuid4().hex, worker)
         try:
             self.run(delivery, keep_lease=False)
         except StoreUnavailable as error:
@@ -168,6 +218,10 @@ class WorkerRuntime:
             "recovered": swept.recovered,
             "pruned": swept.pruned,
         }
+
+
+class JobRevoked(Ignore):
+    """Ends the Celery task of a canceled job."""
 
 
 class JobRequest(Request):
@@ -183,7 +237,7 @@ class JobRequest(Request):
         return self.task.runtime  # type: ignore[no-any-return]
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        self._runtime.keeper.hold(self.id, self._runner)
+        self._runtime.keeper.hold(self.id, self._runner, pid)
         super().on_accepted(pid, time_accepted)
 
     def acknowledge(self) -> None:
@@ -199,9 +253,20 @@ class JobRequest(Request):
         if isinstance(exc, ExceptionWithTraceback):
             exc = exc.exc
         # billiard tells of a lost process in these three ways; the message then goes back to its queue.
-        if isinstance(exc, (WorkerLostError, SystemExit, KeyboardInterrupt)):
+        is_lost = isinstance(exc, (WorkerLostError, SystemExit, KeyboardInterrupt))
+        if is_lost and not self._already_cancelled and not self._already_revoked:
             self._runtime.lost(self.id, self.task.job_name, self._runner, requeued=True)
         super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+        if isinstance(exc, JobRevoked):
+            # What Celery says of a revoked task, so that Flower shows REVOKED.
+            self.send_event("task-revoked", terminated=False, signum=None, expired=False)
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        # A cold shutdown, or a lost broker connection with worker_cancel_long_running_tasks_on_connection_loss.
+        try:
+            super().cancel(pool, signal, emit_retry=emit_retry)
+        finally:
+            self._runtime.give_back(self.id, self.task.job_name, self._runner)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         if not soft:
@@ -231,7 +296,7 @@ class JobTask(Task):
     runtime: WorkerRuntime
     job_name: str
 
-    def execute(self, attempt: int, request: str) -> None:
+    def execute(self, attempt: int, request: str, copy: int) -> None:
         """One attempt. Ends as Celery wants to hear it: returning, `Retry`, or the handler's exception."""
         context = self.request
         delivery = Delivery(
@@ -239,6 +304,7 @@ class JobTask(Task):
             name=self.job_name,
             attempt=attempt,
             request=request,
+            copy=copy,
             runner=context.get(RUNNER_HEADER) or uuid4().hex,
             worker=context.hostname or "",
         )
@@ -247,9 +313,9 @@ class JobTask(Task):
         except StoreUnavailable as error:
             logger.warning("job %s goes back to its queue: %s", delivery.job_id, error)
             raise Reject(error, requeue=True) from error
-        if ran is None:
-            logger.info("job %s is not waiting for attempt %d: nothing to do", delivery.job_id, attempt)
-            raise Ignore
+        if isinstance(ran, Refused):
+            logger.info("job %s is %s, not waiting for attempt %d", delivery.job_id, ran.status, attempt)
+            raise JobRevoked if ran.status is JobStatus.CANCELED else Ignore
         outcome, ending = ran
         if ending.refused:
             logger.warning("job %s was no longer this worker's: its outcome is dropped", delivery.job_id)
@@ -259,7 +325,7 @@ class JobTask(Task):
                 return
             case Canceled():
                 logger.info("job %s was canceled", delivery.job_id)
-                raise Ignore
+                raise JobRevoked
             case Failed():
                 reason = outcome.cause or JobFailed(outcome.error.code, outcome.error.message)
                 if ending.retry_in is not None:
@@ -271,8 +337,8 @@ class JobTask(Task):
 def register_task(celery: Celery, runtime: WorkerRuntime, handler: RegisteredHandler) -> None:
     """Make the handler's Celery task, named by the handler. Registered lazily: the app is not finalized by it."""
 
-    def run(self: JobTask, attempt: int, request: str) -> None:
-        return self.execute(attempt, request)
+    def run(self: JobTask, attempt: int, request: str, copy: int = 0) -> None:
+        return self.execute(attempt, request, copy)
 
     run.__name__ = run.__qualname__ = handler.name
     run.__doc__ = handler.target.__doc__
@@ -327,7 +393,7 @@ def join_worker(celery: Celery, runtime: WorkerRuntime) -> None:
 
     class LeaseKeeperStep(bootsteps.StartStopStep):
         name = f"async_endpoints.leases.{id(runtime):x}"
-        requires = ("celery.worker.components:Pool",)
+        requires = ("celery.worker.components:Hub", "celery.worker.components:Pool")
 
         def __init__(self, parent: Any, **kwargs: Any) -> None:
             super().__init__(parent, **kwargs)
@@ -335,6 +401,11 @@ def join_worker(celery: Celery, runtime: WorkerRuntime) -> None:
 
         def start(self, parent: Any) -> None:
             runtime.keeper.start()
+            maintain_pool = getattr(parent.pool, "maintain_pool", None)
+            if parent.hub is not None and maintain_pool is not None:
+                # Forked siblings keep each other's exit sentinels open, so billiard notices a killed process only at
+                # its own look every five seconds.
+                parent.hub.call_repeatedly(POOL_CHECK_SECONDS, maintain_pool)
             try:
                 runtime.sweep()
             except StoreUnavailable as error:
@@ -350,7 +421,6 @@ def join_worker(celery: Celery, runtime: WorkerRuntime) -> None:
     def on_unknown(sender: Any, message: Any, name: str, id: str, **_: Any) -> None:
         if sender.app is celery and name.startswith(runtime.settings.task_prefix):
             job_name = name.removeprefix(runtime.settings.task_prefix)
-            args = message.payload[0]
-            runtime.unknown(id, job_name, args[0], args[1], sender.hostname)
+            runtime.unknown(id, job_name, message.payload[0], sender.hostname)
 
     signals.task_unknown.connect(on_unknown, weak=False)

@@ -1,4 +1,4 @@
-"""What a worker process has running beside its pool: the lease keeper, and the event loop of `async def` handlers."""
+"""How a pool process calls a handler: on the event loop of its own, told of cancels, within its deadline."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from async_endpoints_celery.codec import encode_progress, milliseconds
+from async_endpoints_celery.codec import encode_progress
 from async_endpoints_celery.context import DONE, AsyncContext, JobCanceled
 from async_endpoints_celery.errors import AsyncEndpointsError, JobFailed, StoreUnavailable
-from async_endpoints_celery.execution import DEADLINE_GRACE, JobTimedOut
+from async_endpoints_celery.execution import JobTimedOut
 from async_endpoints_celery.handlers import RegisteredHandler
 from async_endpoints_celery.operations import Operations
 from async_endpoints_celery.store import SyncStore
@@ -23,73 +23,11 @@ logger = logging.getLogger("async_endpoints_celery")
 
 R = TypeVar("R")
 
-#: A lease is renewed this often within its life: one lost call must not lose the job.
-RENEWALS_PER_LEASE = 3
 #: Seconds between two looks at whether a running job shall be canceled.
 CANCEL_CHECK_SECONDS = 0.5
 #: Seconds past the handler's own deadline that Celery's limits wait: the handler's comes first where it can.
 SOFT_LIMIT_GRACE = 2.0
 HARD_LIMIT_GRACE = 10.0
-
-
-class LeaseKeeper:
-    """Renews the leases of everything this worker node runs: one thread, one call per interval for all jobs.
-
-    It lives in the worker's main process, so a handler that never lets go of its own process's interpreter lock keeps
-    its job all the same.
-    """
-
-    def __init__(self, store: SyncStore, operations: Operations, lease_seconds: float) -> None:
-        self._store = store
-        self._operations = operations
-        self._lease_ms = milliseconds(lease_seconds)
-        self._interval = lease_seconds / RENEWALS_PER_LEASE
-        self._held: dict[str, str] = {}
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._pid = 0
-
-    def hold(self, job_id: str, runner: str) -> None:
-        self._held[job_id] = runner
-
-    def drop(self, job_id: str, runner: str) -> None:
-        if self._held.get(job_id) == runner:
-            del self._held[job_id]
-
-    def start(self) -> None:
-        if self._thread is not None and self._pid == os.getpid():
-            return
-        self._pid = os.getpid()
-        self._stopping.clear()
-        self._thread = threading.Thread(target=self._run, name="async-endpoints-leases", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopping.set()
-        if self._thread is not None and self._pid == os.getpid():
-            self._thread.join(timeout=5)
-        self._thread = None
-
-    def _run(self) -> None:
-        while not self._stopping.wait(self._interval):
-            try:
-                self.renew()
-            except StoreUnavailable as error:
-                logger.warning("leases not renewed, trying again: %s", error)
-            except Exception:
-                logger.exception("leases not renewed, trying again")
-
-    def renew(self) -> None:
-        """One round. Raises StoreUnavailable."""
-        held = list(self._held.items())
-        if not held:
-            return
-        replies = self._store.run(
-            self._operations.renew(held, lease_ms=self._lease_ms, grace_ms=milliseconds(DEADLINE_GRACE))
-        )
-        for (job_id, runner), reply in zip(held, replies, strict=True):
-            if reply == "LOST":
-                self.drop(job_id, runner)
 
 
 class EventLoopThread:

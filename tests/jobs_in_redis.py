@@ -17,7 +17,7 @@ import pytest
 
 from async_endpoints_celery.jobs import Job, JobStatus
 from async_endpoints_celery.keys import Keys
-from async_endpoints_celery.operations import Call, Claimed, Command, Operations, Publication, Query, Script
+from async_endpoints_celery.operations import Call, Claimed, Command, Operations, Publication, Query, Refused, Script
 from async_endpoints_celery.store import MemoryServer, RedisServer, Server, SyncStore
 
 R = TypeVar("R")
@@ -85,9 +85,10 @@ class Jobs:
         }
         return self.operations.submit(job_id, publication=publication, **{**arguments, **changes})
 
-    def claim(self, job: Known, **changes: Any) -> Call[Claimed | None]:
+    def claim(self, job: Known, **changes: Any) -> Call[Claimed | Refused]:
         arguments: dict[str, Any] = {
             "attempt": job.attempt,
+            "copy": 0,
             "runner": job.runner or uuid4().hex,
             "worker": "worker@host",
             "lease_ms": LEASE_MS,
@@ -99,10 +100,11 @@ class Jobs:
         return self.operations.claim(job.id, **{**arguments, **changes})
 
     def recover(self, job: Known, publication: Publication = MESSAGE, *, limit: int = 3) -> Call[str]:
-        """By the process that saw the runner die; `job.runner` empty: by the sweep."""
+        """By the worker that saw the runner's process die; `job.runner` empty: by the sweep."""
         return self.operations.recover(
             job.id,
             runner=job.runner,
+            returns=not publication,
             recovery_limit=limit,
             lost_failure=LOST,
             overdue_failure=OVERDUE,
@@ -120,10 +122,8 @@ class Jobs:
             publication=publication,
         )
 
-    def release(self, job: Known, publication: Publication = MESSAGE) -> Call[bool]:
-        return self.operations.release(
-            job.id, fence=job.fence, dispatch_after_ms=DISPATCH_AFTER_MS, publication=publication
-        )
+    def release(self, job: Known) -> Call[bool]:
+        return self.operations.release(job.id, runner=job.runner, dispatch_after_ms=DISPATCH_AFTER_MS)
 
     def retry(self, job: Known, publication: Publication = MESSAGE, nonce: str = "") -> Call[None]:
         return self.operations.retry(
@@ -155,14 +155,14 @@ class Jobs:
         """The job in the hands of a new runner."""
         job = job.but(runner=uuid4().hex)
         claimed = self.run(self.claim(job, **changes))
-        assert claimed is not None
+        assert isinstance(claimed, Claimed)
         return job.but(fence=claimed.fence)
 
     def running(self, **changes: Any) -> Known:
         return self.claimed(self.queued(**changes))
 
     def seasoned(self, status: JobStatus) -> Known:
-        """A job in this state that has had one attempt before: attempt 2 (or 3) and fence "2" are right."""
+        """A job in this state that has had an attempt before: what is right for it is above "1" everywhere."""
         job = self.running()
         assert self.run(self.reschedule(job))
         job = self.claimed(job.but(attempt=2))
@@ -170,6 +170,7 @@ class Jobs:
         match status:
             case JobStatus.QUEUED:
                 assert self.run(self.release(job))
+                job = job.but(fence="3")
             case JobStatus.SCHEDULED:
                 assert self.run(self.reschedule(job))
                 job = job.but(attempt=3)
@@ -233,6 +234,12 @@ class Jobs:
     def make_due(self, job: Known) -> None:
         self.client.zadd(self.keys.waiting, {job.id: self.now() - 1}, xx=True)
 
+    def lose_message(self, job: Known) -> None:
+        """The job was overtaken: a message that went out later was claimed, so its own is lost."""
+        self.client.hset(self.keys.job(job.id), "dispatched", "1")
+        self.client.hset(self.keys.claimed, "Report", "2")
+        self.make_due(job)
+
     def make_overdue(self, job: Known) -> None:
         self.client.hset(self.keys.job(job.id), "deadline", str(self.now() - 1))
         self.end_lease(job)
@@ -251,7 +258,8 @@ class Jobs:
         for field in ("worker", "deadline"):
             assert (field in fields) == (status is JobStatus.IN_PROGRESS), field
         assert "cancel" not in fields or status is JobStatus.IN_PROGRESS
-        assert ("dispatches" in fields) == status.is_waiting
+        for field in ("copies", "dispatched"):
+            assert (field in fields) == status.is_waiting, field
         assert status is not JobStatus.COMPLETED or "error" not in fields
 
 

@@ -35,7 +35,7 @@ TOKENS = {
     "complete": "fence",
     "fail": "fence",
     "reschedule": "fence",
-    "release": "fence",
+    "release": "runner",
     "canceled": "fence",
     "retry": "attempt",
     "redispatch": "attempt",
@@ -49,8 +49,6 @@ DONE_ALREADY = {
     ("fail", FAILED),
     ("canceled", CANCELED),
     ("reschedule", SCHEDULED),
-    ("release", QUEUED),
-    ("release", SCHEDULED),
 }
 REFUSALS: dict[str, set[str]] = {
     "submit": {"CONFLICT"},
@@ -63,10 +61,10 @@ REFUSALS: dict[str, set[str]] = {
     "renew": {"LOST", "UNCLAIMED"},
     "dispatched": {"NOT_WAITING"},
 }
-#: Of each kind of token, some that are wrong for a job with attempt 2 or 3 and fence "2".
+#: Of each kind of token, some that are wrong for every seasoned job.
 WRONG: dict[str, list[dict[str, Any]]] = {
-    "attempt": [{"attempt": 1}, {"attempt": 0}, {"attempt": 4}, {"attempt": ""}],
-    "fence": [{"fence": "1"}, {"fence": "0"}, {"fence": "3"}, {"fence": ""}],
+    "attempt": [{"attempt": 1}, {"attempt": 0}, {"attempt": 9}, {"attempt": ""}],
+    "fence": [{"fence": "1"}, {"fence": "0"}, {"fence": "9"}, {"fence": ""}],
     "runner": [{"runner": "an earlier runner"}, {"runner": ""}],
 }
 
@@ -79,7 +77,8 @@ def jobs(request: pytest.FixtureRequest) -> Iterator[Jobs]:
 
 def prepared(jobs: Jobs, status: JobStatus) -> Known:
     job = jobs.seasoned(status)
-    jobs.make_due(job)
+    if status.is_waiting:
+        jobs.lose_message(job)
     return job
 
 

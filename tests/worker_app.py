@@ -18,6 +18,7 @@ from typing import Any
 
 import redis
 from celery import Celery, signals
+from celery.exceptions import Ignore, Reject
 from fastapi import FastAPI
 from kombu import Exchange, Queue
 from pydantic import BaseModel
@@ -218,6 +219,10 @@ def make_outcome(kind: str) -> Any:
             raise JobFailed("BUSY", "come back", retryable=True, retry_after=77)
         case "job-failed-retryable":
             raise JobFailed("BUSY", "come back", retryable=True)
+        case "celery-ignore":
+            raise Ignore
+        case "celery-reject":
+            raise Reject("no", requeue=True)
         case "memory-error":
             raise MemoryError("too much")
         case "sys-exit":

@@ -1,5 +1,6 @@
 -- claim: a worker takes a waiting job and becomes its only runner. The fence it gets must be shown with every write.
--- ARGS attempt runner worker lease_ms timeout_ms grace_ms max_retries retention_ms
+-- `copy` is the number of the message among those of this attempt: 0 for the first.
+-- ARGS attempt copy runner worker lease_ms timeout_ms grace_ms max_retries retention_ms
 -- REPLIES CLAIMED fence retries max_retries owner | NOT_WAITING status | NOT_FOUND
 
 local status, current, owner_of, limit, retries, fence, holder =
@@ -25,7 +26,15 @@ change('InProgress', 'started', text(now), 'runner', runner, 'worker', worker, '
 if retention_ms ~= '' then
   redis.call('HSET', JOB, 'retention', retention_ms)
 end
-redis.call('HDEL', JOB, 'dispatches')
+-- How far the queue is: whatever was dispatched before this message and still waits has been overtaken. Of several
+-- messages only the newest one's time is known; an older one tells nothing.
+local name, copies, dispatched = unpack(redis.call('HMGET', JOB, 'name', 'copies', 'dispatched'))
+redis.call('HSET', CLAIMED, name .. '|at', text(now))
+if copy == copies and dispatched ~= '' then
+  local reached = tonumber(redis.call('HGET', CLAIMED, name) or '0')
+  redis.call('HSET', CLAIMED, name, text(math.max(reached, tonumber(dispatched))))
+end
+redis.call('HDEL', JOB, 'copies', 'dispatched')
 redis.call('ZREM', WAITING, id)
 redis.call('ZADD', RUNNING, text(math.min(now + tonumber(lease_ms), deadline + tonumber(grace_ms))), id)
 return {'CLAIMED', fence, retries, limit, owner_of or ''}

@@ -6,13 +6,14 @@
 --         4 running  zset    ids of InProgress jobs, by the end of their lease
 --         5 ended    zset    ids of jobs that are over, by the end of their retention
 --         6 jobs     zset    ids of all jobs, by creation
---         7 …                the broker's keys, one for each command of the Celery message
+--         7 claimed  hash    for each job name, how far its queue is: see redispatch.lua
+--         8 …                the broker's keys, one for each command of the Celery message
 --   ARGV  1 id, 2 channel (told of every change), then what the script's "-- ARGS" line names,
 --         then, for scripts that dispatch, the commands of the message: name, number of arguments, arguments …
 --
 -- Redis TIME is the only clock; all times are milliseconds since the epoch, all spans milliseconds.
 
-local JOB, REQUEST, WAITING, RUNNING, ENDED, JOBS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local JOB, REQUEST, WAITING, RUNNING, ENDED, JOBS, CLAIMED = unpack(KEYS, 1, 7)
 local id, channel = ARGV[1], ARGV[2]
 
 local clock = redis.call('TIME')
@@ -36,7 +37,7 @@ end
 
 -- Hand the Celery message to the broker: the commands kombu would have sent, from argument `first` on.
 local function dispatch(first)
-  local key, arg = 7, first
+  local key, arg = 8, first
   while ARGV[arg] do
     local command, count = ARGV[arg], tonumber(ARGV[arg + 1])
     redis.call(command, KEYS[key], unpack(ARGV, arg + 2, arg + 1 + count))
@@ -47,7 +48,7 @@ end
 -- The job is over: it leaves the indices of the living, and its record gets an end of life.
 local function finish(status, ...)
   change(status, 'completed', text(now), ...)
-  redis.call('HDEL', JOB, 'runner', 'worker', 'deadline', 'cancel', 'dispatches')
+  redis.call('HDEL', JOB, 'runner', 'worker', 'deadline', 'cancel', 'copies', 'dispatched')
   redis.call('ZREM', WAITING, id)
   redis.call('ZREM', RUNNING, id)
   local retention = tonumber(redis.call('HGET', JOB, 'retention'))
@@ -61,10 +62,17 @@ local function finish(status, ...)
   end
 end
 
--- The job waits (again), and the sweep dispatches it at `due` unless a worker claimed it before.
-local function wait(status, due, ...)
-  change(status, 'dispatches', '0', ...)
+-- The job waits (again), and the sweep looks at it at `due` unless a worker claimed it before. `dispatched` is when its
+-- message went out, '' while none has: then its place in WAITING is its outbox entry.
+local function wait(status, due, dispatched, ...)
+  change(status, 'copies', '0', 'dispatched', dispatched, ...)
   redis.call('HDEL', JOB, 'runner', 'worker', 'deadline', 'cancel')
   redis.call('ZREM', RUNNING, id)
   redis.call('ZADD', WAITING, text(due), id)
+end
+
+-- When the message of the step at hand can be claimed: after its delay, if its commands came along from argument `first`
+-- on; '' if not.
+local function dispatch_time(first, delay)
+  return ARGV[first] and text(now + (delay or 0)) or ''
 end

@@ -1,6 +1,7 @@
 -- recover: the worker of a running job is gone. By the sweep (runner ''), once the lease has ended; by the worker
 -- itself, when it saw the pool process of this runner die. It costs a retry, and without one left the job has failed.
--- ARGS runner recovery_limit lost_failure overdue_failure dispatch_after_ms
+-- `returns` is 1 when the message goes back to its queue by itself.
+-- ARGS runner returns recovery_limit lost_failure overdue_failure dispatch_after_ms
 -- DISPATCHES
 -- REPLIES QUEUED | FAILED | CANCELED | NOT_LOST | NOT_FOUND
 
@@ -27,6 +28,8 @@ if tonumber(retries) >= math.min(tonumber(limit), tonumber(recovery_limit)) then
   return {'FAILED'}
 end
 redis.call('HINCRBY', JOB, 'retries', 1)
-wait('Queued', now + tonumber(dispatch_after_ms), 'error', failure)
+-- When the worker itself tells, the message goes back to its queue without a command of ours.
+wait('Queued', now + tonumber(dispatch_after_ms), returns == '1' and text(now) or dispatch_time(FIRST_COMMAND),
+  'error', failure)
 dispatch(FIRST_COMMAND)
 return {'QUEUED'}

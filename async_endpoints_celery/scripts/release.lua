@@ -1,22 +1,20 @@
--- release: the runner gives its job back unfinished (a worker shutting down). It costs no retry.
--- ARGS fence dispatch_after_ms
--- DISPATCHES
+-- release: the worker gives a job back unfinished, for it is shutting down. It costs no retry, and the message goes back
+-- to its queue by itself.
+-- ARGS runner dispatch_after_ms
 -- REPLIES OK | NOT_YOURS status | NOT_FOUND
 
-local status, current, canceling = unpack(redis.call('HMGET', JOB, 'status', 'fence', 'cancel'))
+local status, holder, canceling = unpack(redis.call('HMGET', JOB, 'status', 'runner', 'cancel'))
 if not status then
   return {'NOT_FOUND'}
 end
-if current == fence and is_waiting(status) then
-  return {'OK'} -- already done by you
-end
-if status ~= 'InProgress' or current ~= fence then
+if status ~= 'InProgress' or holder ~= runner then
   return {'NOT_YOURS', status}
 end
+-- Whatever the stopped runner still sends is refused from here on.
+redis.call('HINCRBY', JOB, 'fence', 1)
 if canceling then
   finish('Canceled')
-  return {'OK'}
+else
+  wait('Queued', now + tonumber(dispatch_after_ms), text(now))
 end
-wait('Queued', now + tonumber(dispatch_after_ms))
-dispatch(FIRST_COMMAND)
 return {'OK'}

@@ -15,6 +15,7 @@ if status ~= 'InProgress' or current ~= fence then
 end
 redis.call('HINCRBY', JOB, 'attempt', 1)
 redis.call('HINCRBY', JOB, 'retries', 1)
-wait('Scheduled', now + tonumber(delay_ms) + tonumber(dispatch_after_ms), 'error', failure)
+local delay = tonumber(delay_ms)
+wait('Scheduled', now + delay + tonumber(dispatch_after_ms), dispatch_time(FIRST_COMMAND, delay), 'error', failure)
 dispatch(FIRST_COMMAND)
 return {'OK'}

@@ -21,7 +21,7 @@ redis.call('PERSIST', REQUEST)
 redis.call('ZREM', ENDED, id)
 redis.call('HDEL', JOB, 'completed', 'error', 'result', 'progress')
 redis.call('HINCRBY', JOB, 'attempt', 1)
-wait('Queued', now + tonumber(dispatch_after_ms), 'retries', '0')
+wait('Queued', now + tonumber(dispatch_after_ms), dispatch_time(FIRST_COMMAND), 'retries', '0')
 redis.call('HSET', JOB, 'runner', nonce)
 dispatch(FIRST_COMMAND)
 return {'OK'}

@@ -29,7 +29,7 @@ if owner ~= '' then
 end
 redis.call('SET', REQUEST, request)
 redis.call('ZADD', JOBS, text(now), id)
-wait(delay > 0 and 'Scheduled' or 'Queued', now + delay + tonumber(dispatch_after_ms))
+wait(delay > 0 and 'Scheduled' or 'Queued', now + delay + tonumber(dispatch_after_ms), dispatch_time(FIRST_COMMAND, delay))
 redis.call('HSET', JOB, 'runner', nonce)
 dispatch(FIRST_COMMAND)
 return {'SUBMITTED', text(now)}
