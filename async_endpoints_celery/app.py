@@ -35,6 +35,9 @@ from async_endpoints_celery.store import AsyncStore, Server, StoreLike, SyncStor
 from async_endpoints_celery.submission import Accepted, Submitter
 from async_endpoints_celery.tasks import WorkerRuntime, join_worker, register_sweep, register_task
 
+#: Seconds a worker goes on trying to write what became of a job.
+WORKER_PATIENCE = 120.0
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _bound: weakref.WeakKeyDictionary[Celery, set[str]] = weakref.WeakKeyDictionary()
@@ -124,8 +127,8 @@ class AsyncEndpoints:
         return SyncStore(self.server)
 
     def _worker_driver(self) -> SyncDriver:
-        # A worker waits for Redis as long as its lease could last; after that the job is somebody else's anyway.
-        return SyncDriver(self._sync_store, self.dispatcher, patience=self.settings.job_claim_timeout_seconds)
+        # A handler's result is worth waiting for: while Redis is away nobody else can take the job either.
+        return SyncDriver(self._sync_store, self.dispatcher, patience=WORKER_PATIENCE)
 
     @cached_property
     def sync(self) -> SyncEndpoints:

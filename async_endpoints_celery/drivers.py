@@ -5,7 +5,10 @@ So each use case is written once, touches no socket itself, and a test can play 
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from async_endpoints_celery.dispatch import Capture, Dispatcher, Publish
@@ -14,7 +17,15 @@ from async_endpoints_celery.store import AsyncStore, SyncStore
 
 R = TypeVar("R")
 
-Step: TypeAlias = Call[Any] | Query[Any] | Capture | Publish
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Let some seconds pass."""
+
+    seconds: float
+
+
+Step: TypeAlias = Call[Any] | Query[Any] | Capture | Publish | Wait
 #: Yields steps, is sent their answers, returns R.
 Flow: TypeAlias = Generator[Step, Any, R]
 
@@ -45,6 +56,8 @@ class AsyncDriver:
                 return await self.dispatcher.capture_async(message)
             case Publish(message):
                 return await self.dispatcher.publish_async(message)
+            case Wait(seconds):
+                return await asyncio.sleep(seconds)
             case _:
                 return await self.store.run(step)
 
@@ -80,5 +93,7 @@ class SyncDriver:
                 return self.dispatcher.capture(message)
             case Publish(message):
                 return self.dispatcher.publish(message)
+            case Wait(seconds):
+                return time.sleep(seconds)
             case _:
                 return self.store.run(step, patience=self.patience)

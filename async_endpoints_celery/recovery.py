@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from async_endpoints_celery.codec import encode_error
 from async_endpoints_celery.dispatch import Capture, Dispatcher, Message
-from async_endpoints_celery.drivers import Flow
+from async_endpoints_celery.drivers import Flow, Wait
 from async_endpoints_celery.errors import JOB_TIMEOUT, WORKER_LOST, AsyncEndpointError
 from async_endpoints_celery.operations import Operations, StoredRequest
 from async_endpoints_celery.outbox import hand_over
@@ -21,6 +21,8 @@ logger = logging.getLogger("async_endpoints_celery")
 
 #: Jobs handled between two looks at what is due.
 BATCH = 100
+#: Seconds within which a live worker that reaches Redis renews its leases, with room to spare (see leases.py).
+RENEWAL_SECONDS = 2.0
 #: Batches of one sweep: what is left waits for the next one, so that a sweep has an end.
 MAX_BATCHES = 50
 
@@ -65,6 +67,7 @@ class Sweeper:
     def sweep(self) -> Flow[Swept]:
         """One pass over everything that is due now."""
         dispatched = recovered = pruned = 0
+        waited = False
         for _ in range(MAX_BATCHES):
             waiting, running = yield self._operations.due(BATCH)
             if not self._settings.enable_distributed_job_recovery:
@@ -72,6 +75,10 @@ class Sweeper:
             if not waiting and not running:
                 break
             dispatched += yield from self._dispatch_waiting(waiting)
+            if running and not waited:
+                # Redis may have been away, and all leases ended meanwhile: whoever is alive renews them now.
+                yield Wait(RENEWAL_SECONDS)
+                waited = True
             recovered += yield from self._recover_running(running)
         for _ in range(MAX_BATCHES):
             forgotten = yield self._operations.prune(BATCH)

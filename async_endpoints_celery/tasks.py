@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -79,7 +80,7 @@ class WorkerRuntime:
         return self._open_driver()
 
     @cached_property
-    def hasty_driver(self) -> SyncDriver:
+    def impatient_driver(self) -> SyncDriver:
         """For the worker's main process, which must not wait for Redis: what fails is left to the sweep."""
         return SyncDriver(self.driver.store, self.driver.dispatcher)
 
@@ -157,7 +158,7 @@ class WorkerRuntime:
         def overdue() -> None:
             logger.warning("job %s (%s) is past its deadline and cannot be interrupted", delivery.job_id, handler.name)
             outcome = timed_out(handler, JobTimedOut())
-            self.hasty_driver.run(self.executor.finish(delivery, claimed, handler, outcome))
+            self.impatient_driver.run(self.executor.finish(delivery, claimed, handler, outcome))
 
         self.keeper.limit(delivery.runner, handler.timeout_seconds, overdue)
         try:
@@ -391,6 +392,12 @@ def register_sweep(celery: Celery, runtime: WorkerRuntime) -> None:
 def join_worker(celery: Celery, runtime: WorkerRuntime) -> None:
     """Have every worker of the app keep leases, sweep once at its start, and fail jobs that nobody handles."""
 
+    def sweep_once() -> None:
+        try:
+            runtime.impatient_driver.run(runtime.sweeper.sweep())
+        except StoreUnavailable as error:
+            logger.warning("no sweep at worker start: %s", error)
+
     class LeaseKeeperStep(bootsteps.StartStopStep):
         name = f"async_endpoints.leases.{id(runtime):x}"
         requires = ("celery.worker.components:Hub", "celery.worker.components:Pool")
@@ -406,10 +413,7 @@ def join_worker(celery: Celery, runtime: WorkerRuntime) -> None:
                 # Forked siblings keep each other's exit sentinels open, so billiard notices a killed process only at
                 # its own look every five seconds.
                 parent.hub.call_repeatedly(POOL_CHECK_SECONDS, maintain_pool)
-            try:
-                runtime.sweep()
-            except StoreUnavailable as error:
-                logger.warning("no sweep at worker start: %s", error)
+            threading.Thread(target=sweep_once, name="async-endpoints-sweep", daemon=True).start()
 
         def stop(self, parent: Any) -> None:
             runtime.keeper.stop()
