@@ -19,15 +19,13 @@ from dataclasses import dataclass, field
 from async_endpoints_celery.codec import milliseconds
 from async_endpoints_celery.errors import StoreUnavailable
 from async_endpoints_celery.execution import DEADLINE_GRACE
-from async_endpoints_celery.operations import Operations
+from async_endpoints_celery.operations import ROUND_SECONDS, Operations
 from async_endpoints_celery.store import SyncStore
 
 logger = logging.getLogger("async_endpoints_celery")
 
 #: A lease is renewed this often within its life, at least: one lost call must not lose the job.
 RENEWALS_PER_LEASE = 3
-#: Seconds between two rounds, at most: a cancel shall be heard within a second. Jobs younger than this cost nothing.
-ROUND_SECONDS = 0.5
 #: Seconds a handler has to heed a cancel before its pool process is interrupted.
 CANCEL_GRACE = 5.0
 #: What billiard interrupts a pool process with; it becomes SoftTimeLimitExceeded there.

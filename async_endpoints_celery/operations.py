@@ -22,6 +22,9 @@ from async_endpoints_celery.keys import Keys
 
 R = TypeVar("R")
 
+#: Seconds between two rounds of the lease keeper, at most (leases.py): a cancel shall be heard within a second. A job
+#: younger than this costs it nothing.
+ROUND_SECONDS = 0.5
 #: Copies of a waiting job's message never come later than this after each other, in milliseconds.
 MAX_REDISPATCH_MS = 24 * 3600 * 1000
 
@@ -124,7 +127,17 @@ class StoredRequest:
     retries: int
     #: The number that the next message of this attempt has among them: 0 for the first.
     next_copy: int
+    #: "" when it was deleted by hand: the worker then fails the job with PAYLOAD_INVALID.
     request: str
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What the sweep finds: ids of waiting jobs to look at, and of running jobs whose lease has ended."""
+
+    waiting: list[str]
+    running: list[str]
+    last_sweep_ms_ago: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +302,7 @@ class Operations:
         return Query([("HGETALL", self.keys.job(job_id))], read)
 
     def stored_requests(self, job_ids: Sequence[str]) -> Query[dict[str, StoredRequest | None]]:
-        """What the messages of these jobs are made of; None for a job that is not (completely) stored."""
+        """What the messages of these jobs are made of; None for a job that is not stored."""
         fields = ("name", "status", "attempt", "retries", "copies", "dispatched")
         commands: list[tuple[str | int, ...]] = []
         for job_id in job_ids:
@@ -466,13 +479,12 @@ class Operations:
             dispatch_after_ms=dispatch_after_ms,
         )
 
-    def due(self, batch: int) -> Call[tuple[list[str], list[str]]]:
-        """Ids of waiting jobs to dispatch, and of running jobs whose lease has ended."""
+    def due(self, batch: int) -> Call[Due]:
         return Call(
             Script.load("due"),
-            [self.keys.waiting, self.keys.running],
+            [self.keys.waiting, self.keys.running, self.keys.sweep],
             [batch],
-            lambda reply: (list(reply[0]), list(reply[1])),
+            lambda reply: Due(list(reply[0]), list(reply[1]), int(reply[2])),
         )
 
     def prune(self, batch: int) -> Call[int]:
@@ -488,10 +500,10 @@ def pairs(fields: Sequence[str] | Mapping[str, str]) -> Mapping[str, str]:
 
 def _stored_request(job_id: str, record: Sequence[str | None], request: str | None) -> StoredRequest | None:
     name, status, attempt, retries, copies, dispatched = record
-    if name is None or status is None or attempt is None or retries is None or request is None:
+    if name is None or status is None or attempt is None or retries is None:
         return None
     next_copy = int(copies or 0) + (1 if dispatched else 0)
-    return StoredRequest(job_id, name, JobStatus.parse(status), int(attempt), int(retries), next_copy, request)
+    return StoredRequest(job_id, name, JobStatus.parse(status), int(attempt), int(retries), next_copy, request or "")
 
 
 def _scored(reply: Sequence[Any]) -> list[tuple[str, str]]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from async_endpoints_celery.codec import encode_error
+from async_endpoints_celery.codec import encode_error, milliseconds
 from async_endpoints_celery.dispatch import Capture, Dispatcher, Message
 from async_endpoints_celery.drivers import Flow, Wait
 from async_endpoints_celery.errors import JOB_TIMEOUT, WORKER_LOST, AsyncEndpointError
-from async_endpoints_celery.operations import Operations, StoredRequest
+from async_endpoints_celery.operations import ROUND_SECONDS, Due, Operations, StoredRequest
 from async_endpoints_celery.outbox import hand_over
 from async_endpoints_celery.settings import Settings
 
@@ -21,8 +21,8 @@ logger = logging.getLogger("async_endpoints_celery")
 
 #: Jobs handled between two looks at what is due.
 BATCH = 100
-#: Seconds within which a live worker that reaches Redis renews its leases, with room to spare (see leases.py).
-RENEWAL_SECONDS = 2.0
+#: Seconds within which a live worker that reaches Redis renews its leases again, with room to spare.
+RENEWAL_SECONDS = 4 * ROUND_SECONDS
 #: Batches of one sweep: what is left waits for the next one, so that a sweep has an end.
 MAX_BATCHES = 50
 
@@ -67,18 +67,18 @@ class Sweeper:
     def sweep(self) -> Flow[Swept]:
         """One pass over everything that is due now."""
         dispatched = recovered = pruned = 0
-        waited = False
+        certain = None
         for _ in range(MAX_BATCHES):
-            waiting, running = yield self._operations.due(BATCH)
-            if not self._settings.enable_distributed_job_recovery:
-                running = []
-            if not waiting and not running:
+            due: Due = yield self._operations.due(BATCH)
+            running = due.running if self._settings.enable_distributed_job_recovery else []
+            if not due.waiting and not running:
                 break
-            dispatched += yield from self._dispatch_waiting(waiting)
-            if running and not waited:
-                # Redis may have been away, and all leases ended meanwhile: whoever is alive renews them now.
+            dispatched += yield from self._dispatch_waiting(due.waiting)
+            if certain is None:
+                certain = self._redis_was_there(due)
+            if running and not certain:
                 yield Wait(RENEWAL_SECONDS)
-                waited = True
+                certain = True
             recovered += yield from self._recover_running(running)
         for _ in range(MAX_BATCHES):
             forgotten = yield self._operations.prune(BATCH)
@@ -88,6 +88,15 @@ class Sweeper:
         if dispatched or recovered:
             logger.info("sweep: %d jobs dispatched, %d recovered", dispatched, recovered)
         return Swept(dispatched, recovered, pruned)
+
+    def _redis_was_there(self, due: Due) -> bool:
+        """Whether a lease that ended shows a dead worker, for Redis was reachable all the time it took to end.
+
+        When Redis was away for that long, the leases of live workers have ended too; they renew them as soon as they
+        can. A sweep since the last renewal that a live worker can have made proves that it was not away.
+        """
+        lease_ms = milliseconds(self._settings.job_claim_timeout_seconds)
+        return due.last_sweep_ms_ago < lease_ms - milliseconds(2 * ROUND_SECONDS)
 
     def _dispatch_waiting(self, due: list[str]) -> Flow[int]:
         after, dispatched = self._dispatcher.redispatch_ms, 0
@@ -102,8 +111,7 @@ class Sweeper:
 
     def _redispatch(self, job_id: str, stored: StoredRequest | None, after: int) -> Flow[int]:
         if stored is None:
-            logger.error("job %s waits and its request is gone from Redis: it cannot run", job_id)
-            return 0
+            return 0  # deleted by hand since it was judged
         message = Message.again(stored)
         publication = yield Capture(message)
         done = yield self._operations.redispatch(

@@ -133,7 +133,7 @@ class Deployment:
         record: dict[str, Any] = response.json()
         return record
 
-    def wait(self, job_id: str, *statuses: str, timeout: float = 15.0) -> dict[str, Any]:
+    def wait(self, job_id: str, *statuses: str, timeout: float = 10.0) -> dict[str, Any]:
         """The record once it is in one of the statuses; any that ends it, by default."""
         latest: dict[str, Any] = {}
 
@@ -145,7 +145,7 @@ class Deployment:
         try:
             wait_until(reached, timeout)
         except TimeoutError:
-            logs = "\n".join(node.logs()[-6000:] for node in self._nodes)
+            logs = "\n".join(node.logs()[-4000:] for node in self._nodes)
             raise TimeoutError(f"job {job_id} is {latest}, not {statuses or OVER}:\n{logs}") from None
         return latest
 
@@ -183,6 +183,10 @@ class Deployment:
     def sweep(self) -> None:
         """Have a worker sweep."""
         self.celery.send_task("async_endpoints.sweep")
+
+    def clear(self) -> None:
+        """No job is left to do."""
+        self.redis.delete("celery", "parked", "ae:waiting", "ae:running")
 
     def messages(self, queue: str = "celery") -> list[dict[str, Any]]:
         """What waits in a queue of the broker's Redis, oldest first."""

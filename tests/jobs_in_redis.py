@@ -46,6 +46,8 @@ class Known:
     attempt: int = 1
     fence: str = "0"
     runner: str = ""
+    #: The number of the job's last message among those of its attempt.
+    copy: int = 0
 
     def but(self, **changes: Any) -> Known:
         return dataclasses.replace(self, **changes)
@@ -88,7 +90,7 @@ class Jobs:
     def claim(self, job: Known, **changes: Any) -> Call[Claimed | Refused]:
         arguments: dict[str, Any] = {
             "attempt": job.attempt,
-            "copy": 0,
+            "copy": job.copy,
             "runner": job.runner or uuid4().hex,
             "worker": "worker@host",
             "lease_ms": LEASE_MS,
@@ -135,14 +137,20 @@ class Jobs:
         )
 
     def redispatch(self, job: Known, publication: Publication = MESSAGE) -> Call[bool]:
+        """The message number `job.copy` of this attempt."""
         return self.operations.redispatch(
-            job.id, attempt=job.attempt, dispatch_after_ms=DISPATCH_AFTER_MS, publication=publication
+            job.id,
+            attempt=job.attempt,
+            copy=job.copy,
+            dispatch_after_ms=DISPATCH_AFTER_MS,
+            publication=publication,
         )
 
+    def judge(self, *jobs: Known) -> Call[list[str]]:
+        return self.operations.judge([job.id for job in jobs], dispatch_after_ms=DISPATCH_AFTER_MS)
+
     def renew(self, *jobs: Known) -> Call[list[str]]:
-        return self.operations.renew(
-            [(job.id, job.runner) for job in jobs], lease_ms=LEASE_MS, grace_ms=GRACE_MS
-        )
+        return self.operations.renew([(job.id, job.runner) for job in jobs], lease_ms=LEASE_MS, grace_ms=GRACE_MS)
 
     # Whole stretches of a life.
 
@@ -156,7 +164,7 @@ class Jobs:
         job = job.but(runner=uuid4().hex)
         claimed = self.run(self.claim(job, **changes))
         assert isinstance(claimed, Claimed)
-        return job.but(fence=claimed.fence)
+        return job.but(fence=claimed.fence, copy=0)
 
     def running(self, **changes: Any) -> Known:
         return self.claimed(self.queued(**changes))
@@ -197,19 +205,24 @@ class Jobs:
         return cast(dict[str, str], self.client.hgetall(self.keys.job(job.id)))
 
     def messages(self, queue: str = "celery") -> int:
-        return int(cast(int, self.client.llen(queue)))
+        return self.client.llen(queue)
 
     def now(self) -> int:
         """Milliseconds since the epoch by the clock of Redis."""
-        seconds, microseconds = cast(tuple[int, int], self.client.time())
-        return int(seconds) * 1000 + int(microseconds) // 1000
+        seconds, microseconds = self.client.time()
+        return seconds * 1000 + microseconds // 1000
 
     def ttl(self, key: str) -> int:
         """Milliseconds left; -1 for no end, -2 for no such key."""
-        return int(cast(int, self.client.pttl(key)))
+        return self.client.pttl(key)
+
+    def due(self, batch: int = 100) -> tuple[set[str], set[str]]:
+        """Ids of waiting and of running jobs that the sweep would find now."""
+        found = self.run(self.operations.due(batch))
+        return set(found.waiting), set(found.running)
 
     def score(self, index: str, job: Known) -> float | None:
-        return cast("float | None", self.client.zscore(index, job.id))
+        return self.client.zscore(index, job.id)
 
     def dump(self) -> dict[str, Any]:
         """Every key with its value and the moment it expires: equal dumps mean that nothing was written."""
@@ -234,10 +247,9 @@ class Jobs:
     def make_due(self, job: Known) -> None:
         self.client.zadd(self.keys.waiting, {job.id: self.now() - 1}, xx=True)
 
-    def lose_message(self, job: Known) -> None:
-        """The job was overtaken: a message that went out later was claimed, so its own is lost."""
-        self.client.hset(self.keys.job(job.id), "dispatched", "1")
-        self.client.hset(self.keys.claimed, "Report", "2")
+    def forget_message(self, job: Known) -> None:
+        """The job is due, and nobody has confirmed that its message went out."""
+        self.client.hset(self.keys.job(job.id), "dispatched", "")
         self.make_due(job)
 
     def make_overdue(self, job: Known) -> None:
@@ -279,7 +291,7 @@ ACTIONS: dict[str, Callable[[Jobs, Known], Call[Any]]] = {
     "recover": lambda jobs, job: jobs.recover(job),
     "renew": lambda jobs, job: jobs.renew(job),
     "dispatched": lambda jobs, job: jobs.operations.dispatched(
-        job.id, attempt=job.attempt, dispatch_after_ms=2 * DISPATCH_AFTER_MS
+        job.id, attempt=job.attempt, delay_ms=0, dispatch_after_ms=2 * DISPATCH_AFTER_MS
     ),
 }
 
@@ -287,9 +299,7 @@ ACTIONS: dict[str, Callable[[Jobs, Known], Call[Any]]] = {
 @contextmanager
 def jobs_in(kind: str, request: pytest.FixtureRequest) -> Iterator[Jobs]:
     """An empty store of one of `STORES`."""
-    server = (
-        MemoryServer() if kind == "memory" else RedisServer.from_url(request.getfixturevalue("redis_url"))
-    )
+    server = MemoryServer() if kind == "memory" else RedisServer.from_url(request.getfixturevalue("redis_url"))
     jobs = Jobs(server)
     try:
         yield jobs

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -44,21 +45,29 @@ def pool(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def worker(deployed: Deployment, pool: str) -> Iterator[WorkerNode]:
-    node = deployed.start_worker("-P", pool, "-c", "2", "-E")
-    yield node
-    node.teardown()
+def shared_worker(deployed: Deployment, pool: str) -> Iterator[list[WorkerNode]]:
+    nodes = [deployed.start_worker("-P", pool, "-c", "2", "-E")]
+    yield nodes
+    nodes[0].teardown()
+
+
+@pytest.fixture
+def worker(deployed: Deployment, pool: str, shared_worker: list[WorkerNode]) -> WorkerNode:
+    """The worker that the tests of this pool share; a new one when an earlier test has broken it."""
+    try:
+        for name in ("EchoSync", "Echo"):
+            deployed.wait(deployed.submit(name), timeout=2)
+    except TimeoutError:
+        shared_worker[0].teardown()
+        deployed.clear()
+        shared_worker[0] = deployed.start_worker("-P", pool, "-c", "2", "-E")
+    return shared_worker[0]
 
 
 @pytest.fixture
 def jobs(deployed: Deployment, worker: WorkerNode) -> Iterator[Deployment]:
-    """The deployment, with the worker of this pool alive and nothing left to do."""
-    if worker.container.status != "running":
-        worker.container.restart()  # another test lost it
-        worker.ready()
     yield deployed
-    # What a failing test left behind must not fail the next one.
-    deployed.redis.delete("celery", "parked", "ae:waiting", "ae:running")
+    deployed.clear()  # what a failing test left behind must not fail the next one
 
 
 class TestWhatAHandlerSees:
@@ -310,14 +319,12 @@ class Events:
     def _capture(self) -> None:
         with self._celery.connection_for_read() as connection:
             receiver = self._celery.events.Receiver(connection, handlers={"*": self.seen.append})
-            with receiver.consumer_context() as (_, channel, _):
+            with receiver.consumer_context() as (listening, channel, _):
                 channel.client.ping()
                 self._listening.set()
                 while not self._stopping.is_set():
-                    try:
-                        connection.drain_events(timeout=0.1)
-                    except TimeoutError:
-                        continue
+                    with suppress(TimeoutError):
+                        listening.drain_events(timeout=0.1)
 
     def __enter__(self) -> "Events":
         self._thread.start()

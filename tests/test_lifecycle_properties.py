@@ -6,103 +6,37 @@ jobs become due because time is edited into Redis.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
 from uuid import UUID
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from async_endpoints_celery.errors import JobConflict, QueueFull
-from async_endpoints_celery.jobs import TRANSITIONS, JobStatus
+from async_endpoints_celery.operations import Claimed, Refused
 from async_endpoints_celery.store import MemoryServer, RedisServer, Server
-from tests.jobs_in_redis import ACTIONS, FAILURE, LOST, OVERDUE, Jobs, Known
-
-QUEUED, SCHEDULED, IN_PROGRESS = JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.IN_PROGRESS
-COMPLETED, FAILED, CANCELED = JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELED
+from tests.job_model import (
+    CANCELED,
+    COMPLETED,
+    ENDS_OF_AN_ATTEMPT,
+    IN_PROGRESS,
+    QUEUED,
+    RECOVERY_LIMIT,
+    SCHEDULED,
+    Model,
+)
+from tests.jobs_in_redis import ACTIONS, Jobs, Known
 
 QUEUE_LIMIT = 3
-RECOVERY_LIMIT = 2
-
-#: What the writes of a runner make of a running job; a repeated one is heard with "OK" in these states.
-ENDS_OF_AN_ATTEMPT: dict[str, tuple[JobStatus, set[JobStatus]]] = {
-    "complete": (COMPLETED, {COMPLETED}),
-    "fail": (FAILED, {FAILED}),
-    "canceled": (CANCELED, {CANCELED}),
-    "reschedule": (SCHEDULED, {SCHEDULED}),
-    "release": (QUEUED, {QUEUED, SCHEDULED}),
-}
 
 picks = st.integers(min_value=0, max_value=1_000)
-
-
-@dataclass
-class Model:
-    """What a job should be."""
-
-    id: str
-    status: JobStatus
-    max_retries: int
-    attempt: int = 1
-    fence: int = 0
-    retries: int = 0
-    canceling: bool = False
-    overdue: bool = False
-    leased: bool = False
-    due: bool = False
-    error: str | None = None
-    result: str | None = None
-    runner: str = ""
-    #: The whole record when it completed.
-    final: Any = None
-    history: list[JobStatus] = field(default_factory=list)
-
-    def move(self, status: JobStatus) -> None:
-        assert status is self.status or status in TRANSITIONS[self.status], f"{self.status} → {status}"
-        if status is not IN_PROGRESS:
-            self.canceling = self.overdue = self.leased = False
-            self.runner = ""
-        self.due = False
-        self.status = status
-        self.history.append(status)
-
-    def claim(self, runner: str) -> None:
-        self.move(IN_PROGRESS)
-        self.fence += 1
-        self.runner, self.leased = runner, True
-
-    def end_attempt(self, script: str) -> None:
-        target = ENDS_OF_AN_ATTEMPT[script][0]
-        if script == "release" and self.canceling:
-            target = CANCELED
-        self.move(target)
-        if script == "reschedule":
-            self.attempt, self.retries, self.error = self.attempt + 1, self.retries + 1, FAILURE
-        elif script == "fail":
-            self.error = FAILURE
-        elif script == "complete":
-            self.result, self.error = "42", None
-
-    def lose_worker(self) -> str:
-        self.fence += 1
-        failure = OVERDUE if self.overdue else LOST
-        if self.canceling:
-            self.move(CANCELED)
-            return "CANCELED"
-        self.error = failure
-        if self.retries >= min(self.max_retries, RECOVERY_LIMIT):
-            self.move(FAILED)
-            return "FAILED"
-        self.retries += 1
-        self.move(QUEUED)
-        return "QUEUED"
-
-    def retry(self) -> None:
-        self.move(QUEUED)
-        self.attempt, self.retries = self.attempt + 1, 0
-        self.error = self.result = None
 
 
 class Lives(RuleBasedStateMachine):
@@ -116,7 +50,7 @@ class Lives(RuleBasedStateMachine):
         self.jobs.client.flushdb()
         self.models: dict[str, Model] = {}
         #: Every message ever published, and every right to run ever handed out: nothing is forgotten.
-        self.messages: list[tuple[str, int]] = []
+        self.messages: list[Known] = []
         self.runners: list[Known] = []
 
     def teardown(self) -> None:
@@ -133,13 +67,13 @@ class Lives(RuleBasedStateMachine):
         return runner, self.models[runner.id]
 
     def known(self, model: Model) -> Known:
-        return Known(model.id, model.attempt, str(model.fence), model.runner)
+        return Known(model.id, model.attempt, str(model.fence), model.runner, model.copy)
 
     def waiting(self) -> int:
         return sum(model.status.is_waiting for model in self.models.values())
 
     def published(self, model: Model) -> None:
-        self.messages.append((model.id, model.attempt))
+        self.messages.append(Known(model.id, model.attempt, copy=model.copy))
 
     # What clients do.
 
@@ -149,9 +83,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(max_retries=st.integers(0, 3), delayed=st.booleans())
     def submit(self, max_retries: int, delayed: bool) -> None:
-        model = Model(
-            str(UUID(int=len(self.models) + 1)), SCHEDULED if delayed else QUEUED, max_retries=max_retries
-        )
+        model = Model(str(UUID(int=len(self.models) + 1)), SCHEDULED if delayed else QUEUED, max_retries=max_retries)
         full = self.waiting() >= QUEUE_LIMIT
         call = self.jobs.submit(
             model.id, queue_limit=QUEUE_LIMIT, max_retries=max_retries, delay_ms=60_000 if delayed else 0
@@ -207,15 +139,15 @@ class Lives(RuleBasedStateMachine):
     @rule(pick=picks)
     def deliver(self, pick: int) -> None:
         """Any message that was ever published, however often it came already."""
-        job_id, attempt = self.messages[-1 - pick % len(self.messages)]
-        model = self.models[job_id]
-        runner = f"runner {len(self.runners)}"
-        claimed = self.jobs.run(self.jobs.claim(Known(job_id, attempt, runner=runner)))
-        assert (claimed is not None) == (model.status.is_waiting and model.attempt == attempt)
-        if claimed is not None:
-            model.claim(runner)
-            assert (claimed.fence, claimed.retries) == (str(model.fence), model.retries)
-            self.runners.append(Known(job_id, attempt, claimed.fence, runner))
+        message = self.messages[-1 - pick % len(self.messages)].but(runner=f"runner {len(self.runners)}")
+        model = self.models[message.id]
+        answer = self.jobs.run(self.jobs.claim(message))
+        if model.status.is_waiting and model.attempt == message.attempt:
+            model.claim(message.runner)
+            assert answer == Claimed(str(model.fence), model.retries, model.max_retries, None)
+            self.runners.append(message.but(fence=str(model.fence)))
+        else:
+            assert answer == Refused(model.status)
 
     @precondition(lambda self: self.runners)
     @rule(pick=picks, script=st.sampled_from(sorted(ENDS_OF_AN_ATTEMPT)))
@@ -231,8 +163,18 @@ class Lives(RuleBasedStateMachine):
             if model.status.is_waiting:
                 self.published(model)
         else:
-            assert not accepted or (latest and model.status in ENDS_OF_AN_ATTEMPT[script][1])
+            assert accepted == (latest and model.status is ENDS_OF_AN_ATTEMPT[script])
             assert self.jobs.dump() == before
+
+    @precondition(lambda self: self.runners)
+    @rule(pick=picks)
+    def give_back(self, pick: int) -> None:
+        """A worker stops; the message goes back to its queue by itself."""
+        runner, model = self.a_runner(pick)
+        mine = model.status is IN_PROGRESS and model.runner == runner.runner
+        assert self.jobs.run(self.jobs.release(runner)) == mine
+        if mine:
+            model.release()
 
     @precondition(lambda self: self.runners)
     @rule(pick=picks)
@@ -245,7 +187,8 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.runners)
     @rule()
     def renew_all(self) -> None:
-        for runner, reply in zip(self.runners, self.jobs.run(self.jobs.renew(*self.runners)), strict=True):
+        replies: list[str] = self.jobs.run(self.jobs.renew(*self.runners))
+        for runner, reply in zip(self.runners, replies, strict=True):
             model = self.models[runner.id]
             if model.status is IN_PROGRESS and model.runner == runner.runner:
                 assert reply == ("CANCELING" if model.canceling else "RENEWED")
@@ -256,10 +199,11 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.runners)
     @rule(pick=picks)
     def process_dies(self, pick: int) -> None:
+        """Its worker sees it; the message goes back to its queue by itself."""
         runner, model = self.a_runner(pick)
         mine = model.status is IN_PROGRESS and model.runner == runner.runner
         expected = model.lose_worker() if mine else "NOT_LOST"
-        self.recovered(model, runner, expected)
+        assert self.jobs.run(self.jobs.recover(runner, publication=(), limit=RECOVERY_LIMIT)) == expected
 
     # What time and the sweep do.
 
@@ -279,35 +223,51 @@ class Lives(RuleBasedStateMachine):
         self.jobs.end_lease(self.known(model))
         model.overdue, model.leased = True, False
 
-    @rule(pick=picks)
-    def becomes_due(self, pick: int) -> None:
-        model = self.a_model(pick)
-        self.jobs.make_due(self.known(model))
-        model.due = model.status.is_waiting
+    @precondition(lambda self: self.waiting())
+    @rule(pick=picks, published=st.booleans())
+    def becomes_due(self, pick: int, published: bool) -> None:
+        """Its turn should have come; perhaps its message never went out."""
+        waiting = [model for model in self.models.values() if model.status.is_waiting]
+        model = waiting[pick % len(waiting)]
+        if published:
+            self.jobs.make_due(self.known(model))
+        else:
+            self.jobs.forget_message(self.known(model))
+            model.published = False
+        model.due = True
 
     @rule()
     def sweep(self) -> None:
-        waiting, running = self.jobs.run(self.jobs.operations.due(100))
+        waiting, running = self.jobs.due()
         models = self.models.values()
-        assert set(waiting) == {model.id for model in models if model.due}
+        assert waiting == {model.id for model in models if model.due}
         ended = {model.id for model in models if model.status is IN_PROGRESS and not self.is_leased(model)}
-        assert set(running) == ended
+        assert running == ended
+        due = [self.models[job_id] for job_id in waiting]
+        verdicts = self.jobs.run(self.jobs.judge(*map(self.known, due)))
+        for model, verdict in zip(due, verdicts, strict=True):
+            assert verdict == "DISPATCH" if not model.published else verdict in {"DISPATCH", "POSTPONED"}
+            if verdict == "DISPATCH":
+                self.redispatch(model)
+            model.due = False
         for model in models:
-            done = self.jobs.run(self.jobs.redispatch(self.known(model)))
-            assert done == model.due
-            if done:
-                model.move(QUEUED)
-                self.published(model)
             expected = model.lose_worker() if model.id in ended else "NOT_LOST"
-            self.recovered(model, self.known(model).but(runner=""), expected)
+            lost = self.known(model).but(runner="")
+            assert self.jobs.run(self.jobs.recover(lost, limit=RECOVERY_LIMIT)) == expected
+            if expected == "QUEUED":
+                self.published(model)
+
+    def redispatch(self, model: Model) -> None:
+        model.copy += model.published
+        for wrong in ({"copy": model.copy + 1}, {"attempt": model.attempt - 1}):
+            assert not self.jobs.run(self.jobs.redispatch(self.known(model).but(**wrong)))
+        assert self.jobs.run(self.jobs.redispatch(self.known(model)))
+        model.move(QUEUED)
+        model.published = True
+        self.published(model)
 
     def is_leased(self, model: Model) -> bool:
         return model.leased and not model.overdue
-
-    def recovered(self, model: Model, known: Known, expected: str) -> None:
-        assert self.jobs.run(self.jobs.recover(known, limit=RECOVERY_LIMIT)) == expected
-        if expected == "QUEUED":
-            self.published(model)
 
     # What always holds.
 
@@ -323,6 +283,7 @@ class Lives(RuleBasedStateMachine):
                 str(model.retries),
             )
             assert (fields.get("error"), fields.get("result")) == (model.error, model.result)
+            assert fields.get("copies") == (str(model.copy) if model.status.is_waiting else None)
             assert (fields.get("cancel") == "1") == model.canceling
             self.jobs.check(known)
 
@@ -366,9 +327,8 @@ def live(server: Server, *, examples: int, steps: int) -> None:
 
 
 def test_many_lives_in_memory() -> None:
-    live(MemoryServer(), examples=60, steps=40)
+    live(MemoryServer(), examples=200, steps=50)
 
 
-@pytest.mark.parametrize("steps", [30])
-def test_some_on_a_real_server(redis_url: str, steps: int) -> None:
-    live(RedisServer.from_url(redis_url), examples=15, steps=steps)
+def test_some_on_a_real_server(redis_url: str) -> None:
+    live(RedisServer.from_url(redis_url), examples=40, steps=40)

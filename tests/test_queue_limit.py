@@ -35,7 +35,7 @@ def refused(jobs: Jobs, limit: int) -> bool:
 
 
 def waiting(jobs: Jobs) -> int:
-    return int(jobs.client.zcard(jobs.keys.waiting))  # type: ignore[arg-type]  # redis-py types both of its clients
+    return jobs.client.zcard(jobs.keys.waiting)
 
 
 def test_queued_and_scheduled_count_and_nothing_else(jobs: Jobs) -> None:

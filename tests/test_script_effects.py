@@ -7,10 +7,9 @@ import pytest
 import redis
 
 from async_endpoints_celery.jobs import JobStatus
-from async_endpoints_celery.operations import Command
+from async_endpoints_celery.operations import Claimed, Command
 from tests.jobs_in_redis import (
     ACTIONS,
-    DISPATCH_AFTER_MS,
     FAILURE,
     GRACE_MS,
     LEASE_MS,
@@ -80,7 +79,7 @@ class TestStamps:
     def test_a_due_scheduled_job_becomes_queued(self, jobs: Jobs) -> None:
         job = jobs.seasoned(SCHEDULED)
         age(jobs, job)
-        jobs.make_due(job)
+        jobs.forget_message(job)
         assert jobs.run(jobs.redispatch(job))
         assert (stamped_now(jobs, job), jobs.status(job)) == ({"updated"}, QUEUED)
 
@@ -147,7 +146,7 @@ class TestClaim:
     def test_hands_out_what_the_runner_needs(self, jobs: Jobs) -> None:
         job = jobs.queued(owner="ada", max_retries=4)
         claimed = jobs.run(jobs.claim(job))
-        assert claimed is not None
+        assert isinstance(claimed, Claimed)
         assert (claimed.fence, claimed.retries, claimed.max_retries, claimed.owner) == ("1", 0, 4, "ada")
 
     def test_the_worker_knows_retries_and_retention_better(self, jobs: Jobs) -> None:
@@ -224,48 +223,6 @@ class TestEndsOfLife:
         assert before <= last <= jobs.now()
 
 
-class TestRedispatch:
-    def test_copies_back_off_doubling_up_to_a_day(self, jobs: Jobs) -> None:
-        job = jobs.queued()
-        waits = []
-        for _ in range(15):
-            jobs.make_due(job)
-            before = jobs.now()
-            assert jobs.run(jobs.redispatch(job))
-            waits.append(round(((jobs.score(jobs.keys.waiting, job) or 0) - before) / 1000))
-        assert waits[:4] == [30, 60, 120, 240]
-        assert waits[-1] == 24 * 3600
-
-    def test_not_before_it_is_due(self, jobs: Jobs) -> None:
-        job = jobs.queued()
-        before = jobs.dump()
-        assert jobs.reply(jobs.redispatch(job)) == ["NOT_DUE"]
-        assert jobs.dump() == before
-
-    def test_a_confirmed_message_is_doubted_later_once(self, jobs: Jobs) -> None:
-        job = jobs.queued(dispatch_after_ms=5_000)
-        assert jobs.run(ACTIONS["dispatched"](jobs, job))
-        assert (jobs.score(jobs.keys.waiting, job) or 0) > jobs.now() + DISPATCH_AFTER_MS
-        jobs.make_due(job)
-        jobs.run(jobs.redispatch(job))
-        before = jobs.dump()
-        assert not jobs.run(ACTIONS["dispatched"](jobs, job)), "the copies back off already"
-        assert jobs.dump() == before
-
-    def test_what_is_due(self, jobs: Jobs) -> None:
-        waiting, running = [jobs.queued() for _ in range(3)], [jobs.running() for _ in range(3)]
-        assert jobs.run(jobs.operations.due(10)) == ([], [])
-        for job in (*waiting[:2], *running[:2]):
-            jobs.make_due(job)
-            jobs.end_lease(job)
-        due_waiting, due_running = jobs.run(jobs.operations.due(10))
-        assert (set(due_waiting), set(due_running)) == (
-            {job.id for job in waiting[:2]},
-            {job.id for job in running[:2]},
-        )
-        assert [len(found) for found in jobs.run(jobs.operations.due(1))] == [1, 1]
-
-
 class TestPublication:
     def test_every_command_reaches_its_key(self, jobs: Jobs) -> None:
         commands = (
@@ -296,11 +253,10 @@ class TestPublication:
         [
             (lambda jobs: Known("0e3f4bc1-6d71-4f5c-8f62-6f1dbb8d3d1c"), lambda jobs, job: jobs.submit(job.id)),
             (lambda jobs: jobs.seasoned(IN_PROGRESS), ACTIONS["reschedule"]),
-            (lambda jobs: jobs.seasoned(IN_PROGRESS), ACTIONS["release"]),
             (lambda jobs: jobs.seasoned(IN_PROGRESS), ACTIONS["recover"]),
             (lambda jobs: jobs.seasoned(FAILED), ACTIONS["retry"]),
         ],
-        ids=["submit", "reschedule", "release", "recover", "retry"],
+        ids=["submit", "reschedule", "recover", "retry"],
     )
     def test_a_message_that_cannot_be_stored_leaves_no_record_either(
         self, jobs: Jobs, prepare: Callable[[Jobs], Known], move: Callable[[Jobs, Known], Any]

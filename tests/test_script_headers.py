@@ -8,6 +8,7 @@ from importlib.resources import files
 import pytest
 
 from async_endpoints_celery import operations
+from async_endpoints_celery.keys import Keys
 from async_endpoints_celery.operations import Script
 from tests.jobs_in_redis import dispatches
 
@@ -32,7 +33,7 @@ def header(name: str) -> list[str]:
 
 
 def stated(name: str, word: str) -> str | None:
-    return next((line.removeprefix(word).strip() for line in header(name) if line.split()[0] == word), None)
+    return next((line.removeprefix(word).strip() for line in header(name) if line.split()[:1] == [word]), None)
 
 
 def code(source: str) -> str:
@@ -70,7 +71,7 @@ def sent_arguments() -> dict[str, set[str]]:
 
 
 def test_all_scripts_are_here() -> None:
-    assert set(OTHERS) == {"due", "prune", "renew"}
+    assert set(OTHERS) == {"due", "judge", "prune", "renew"}
     assert len(OF_ONE_JOB) == 13
 
 
@@ -113,9 +114,10 @@ class TestScriptsOfOneJob:
         assert taken.isdisjoint((stated(name, "ARGS") or "").split())
 
 
-def test_renew_answers_with_the_words_of_its_header() -> None:
-    given = re.findall(r"'([A-Z]+)'", REDIS_CALL.sub("", code(SOURCES["renew"])))
-    assert set(given) == set(re.findall(r"\b[A-Z]{2,}\b", stated("renew", "REPLIES") or ""))
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_scripts_answer_with_the_words_of_their_header(name: str) -> None:
+    given = re.findall(r"'([A-Z]+)'", REDIS_CALL.sub("", code(SOURCES[name])))
+    assert set(given) == set(re.findall(r"\b[A-Z]{2,}\b", stated(name, "REPLIES") or ""))
 
 
 def test_python_reads_every_reply_code() -> None:
@@ -126,9 +128,9 @@ def test_python_reads_every_reply_code() -> None:
 
 
 def test_the_prelude_names_the_keys_that_python_sends() -> None:
-    names = re.findall(r"^--\s+(?:KEYS\s+)?([1-6]) (\w+)", PRELUDE, re.MULTILINE)
-    assert [int(number) for number, _ in names] == [1, 2, 3, 4, 5, 6]
-    sent = operations.Keys("p").of_job("x")
+    names = re.findall(r"^--\s+(?:KEYS\s+)?([1-9]) (\w+)", PRELUDE, re.MULTILINE)
+    assert [int(number) for number, _ in names] == list(range(1, len(names) + 1))
+    sent = Keys("p").of_job("x")
     assert [key.split(":")[1] for key in sent] == [name for _, name in names]
 
 
@@ -140,7 +142,7 @@ class TestKeys:
         assert "'ae" not in source
 
     def test_none_is_written_down(self, name: str) -> None:
-        known = r"JOB|REQUEST|WAITING|RUNNING|ENDED|JOBS|KEYS\[\w+\]"
+        known = r"JOB|REQUEST|WAITING|RUNNING|ENDED|JOBS|CLAIMED|KEYS\[\w+\]"
         for call in REDIS_CALL.findall(code(SOURCES.get(name, PRELUDE))):
             command, *arguments = [part.strip() for part in call.split(",")]
             if command == "'TIME'":

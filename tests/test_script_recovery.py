@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from async_endpoints_celery.jobs import JobStatus
+from async_endpoints_celery.operations import Claimed
 from tests.jobs_in_redis import ACTIONS, GRACE_MS, LEASE_MS, LOST, OVERDUE, STORES, Jobs, Known, jobs_in
 
 QUEUED, IN_PROGRESS, FAILED, CANCELED = (
@@ -33,11 +34,11 @@ class TestTheClock:
         jobs.client.zadd(jobs.keys.running, {job.id: jobs.now() + 60_000})
         before = jobs.dump()
         assert jobs.run(jobs.recover(swept(job))) == "NOT_LOST"
-        assert jobs.run(jobs.operations.due(10)) == ([], [])
+        assert jobs.due() == (set(), set())
         assert jobs.dump() == before
 
         jobs.client.zadd(jobs.keys.running, {job.id: jobs.now()})
-        assert jobs.run(jobs.operations.due(10)) == ([], [job.id])
+        assert jobs.due() == (set(), {job.id})
         assert jobs.run(jobs.recover(swept(job))) == "QUEUED"
 
     @pytest.mark.parametrize("script", ACTIONS)
@@ -90,10 +91,11 @@ class TestALostWorker:
         assert jobs.messages() == 2
         jobs.check(job)
 
+    @pytest.mark.parametrize("left", ["recover", "release"])
     @pytest.mark.parametrize("script", ["progress", "complete", "fail", "reschedule", "release", "canceled"])
-    def test_cannot_write_a_thing_any_more(self, jobs: Jobs, script: str) -> None:
+    def test_cannot_write_a_thing_any_more(self, jobs: Jobs, script: str, left: str) -> None:
         job = jobs.running()
-        jobs.run(jobs.recover(job))
+        jobs.run(ACTIONS[left](jobs, job))
         for _ in ("the job waits", "somebody else runs it"):
             before = jobs.dump()
             assert jobs.reply(ACTIONS[script](jobs, job))[0] == "NOT_YOURS"
@@ -106,15 +108,11 @@ class TestALostWorker:
         job = jobs.running()
         jobs.run(jobs.recover(job))
         again = jobs.run(jobs.claim(job.but(runner="next")))
-        assert again is not None
+        assert isinstance(again, Claimed)
         assert (again.retries, int(again.fence)) == (1, 3)
 
-    @pytest.mark.parametrize(
-        ("max_retries", "limit", "lives"), [(5, 3, 3), (2, 3, 2), (0, 3, 0), (5, 0, 0), (1, 1, 1)]
-    )
-    def test_ends_failed_after_its_retries(
-        self, jobs: Jobs, max_retries: int, limit: int, lives: int
-    ) -> None:
+    @pytest.mark.parametrize(("max_retries", "limit", "lives"), [(5, 3, 3), (2, 3, 2), (0, 3, 0), (5, 0, 0), (1, 1, 1)])
+    def test_ends_failed_after_its_retries(self, jobs: Jobs, max_retries: int, limit: int, lives: int) -> None:
         job = jobs.queued(max_retries=max_retries)
         outcomes = []
         while jobs.status(job) is QUEUED:
@@ -125,6 +123,13 @@ class TestALostWorker:
         assert jobs.fields(job)["error"] == LOST
         assert jobs.messages() == 1 + lives
         jobs.check(job)
+
+    def test_whose_message_goes_back_by_itself(self, jobs: Jobs) -> None:
+        job = jobs.running()
+        before = jobs.now()
+        assert jobs.run(jobs.recover(job, publication=())) == "QUEUED"
+        assert jobs.messages() == 1
+        assert int(jobs.fields(job)["dispatched"]) >= before, "so the sweep does not take it for unpublished"
 
     def test_retries_of_any_kind_count(self, jobs: Jobs) -> None:
         job = jobs.running(max_retries=1)

@@ -1,4 +1,4 @@
-"""A client library that lost the reply sends a script again: nothing changes the second time, and the answer is the same.
+"""A client library that lost the reply sends a script again: nothing changes then, and the answer is the same.
 
 Redis-py does so on its own when a connection breaks, and a worker goes on trying while Redis is away.
 """
@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 
 from async_endpoints_celery.jobs import JobStatus
-from async_endpoints_celery.operations import Call
+from async_endpoints_celery.operations import Call, Refused
 from tests.jobs_in_redis import ACTIONS, STORES, Jobs, Known, jobs_in
 
 
@@ -47,8 +47,6 @@ CALLS: dict[str, Callable[[Jobs], Call[Any]]] = {
     "complete while canceling": canceling("complete"),
     "fail": in_state(JobStatus.IN_PROGRESS, "fail"),
     "reschedule": in_state(JobStatus.IN_PROGRESS, "reschedule"),
-    "release": in_state(JobStatus.IN_PROGRESS, "release"),
-    "release while canceling": canceling("release"),
     "canceled": in_state(JobStatus.IN_PROGRESS, "canceled"),
     "cancel Queued": in_state(JobStatus.QUEUED, "cancel"),
     "cancel Scheduled": in_state(JobStatus.SCHEDULED, "cancel"),
@@ -67,8 +65,8 @@ def test_sent_twice(jobs: Jobs, name: str) -> None:
     assert jobs.dump() == before
 
 
-class TestStepsOfTheSweep:
-    """Nobody waits for them, so they may answer that there is nothing left to do; they must not do it twice."""
+class TestStepsNobodyWaitsFor:
+    """The sweep's and a stopping worker's: they may answer that there is nothing left to do; nothing is done twice."""
 
     def test_recover(self, jobs: Jobs) -> None:
         job = jobs.seasoned(JobStatus.IN_PROGRESS)
@@ -80,15 +78,31 @@ class TestStepsOfTheSweep:
         assert jobs.dump() == before
         assert (jobs.record(job).retry_count, jobs.messages()) == (2, 1)
 
-    def test_redispatch(self, jobs: Jobs) -> None:
+    @pytest.mark.parametrize("first", [True, False])
+    def test_redispatch(self, jobs: Jobs, first: bool) -> None:
         job = jobs.seasoned(JobStatus.QUEUED)
         jobs.make_due(job)
-        call = jobs.redispatch(job)
+        if first:
+            jobs.forget_message(job)
+        call = jobs.redispatch(job.but(copy=0 if first else 1))
         assert jobs.run(call)
-        before = jobs.dump()
-        assert not jobs.run(call)
-        assert jobs.dump() == before
+        for _ in ("at once", "when it is due again"):
+            before = jobs.dump()
+            assert not jobs.run(call)
+            assert jobs.dump() == before
+            jobs.make_due(job)
         assert jobs.messages() == 1
+
+    @pytest.mark.parametrize("status", [JobStatus.QUEUED, JobStatus.CANCELED], ids=str)
+    def test_release(self, jobs: Jobs, status: JobStatus) -> None:
+        job = jobs.seasoned(JobStatus.IN_PROGRESS)
+        if status is JobStatus.CANCELED:
+            jobs.run(jobs.operations.cancel(job.id))
+        call = jobs.release(job)
+        assert jobs.reply(call) == ["OK"]
+        before = jobs.dump()
+        assert jobs.reply(call) == ["NOT_YOURS", str(status)]
+        assert jobs.dump() == before
 
 
 class TestRepeatable:
@@ -103,17 +117,22 @@ class TestRepeatable:
         changed = {field for field, value in jobs.fields(job).items() if fields[field] != value}
         assert changed <= {"version", "updated"}
 
-    @pytest.mark.parametrize(
-        ("script", "status"), [("renew", JobStatus.IN_PROGRESS), ("dispatched", JobStatus.QUEUED)]
-    )
-    def test_renew_and_dispatched(self, jobs: Jobs, script: str, status: JobStatus) -> None:
-        job = jobs.seasoned(status)
-        call = ACTIONS[script](jobs, job)
-        first = jobs.reply(call)
-        fields = jobs.fields(job)
+    def test_renew(self, jobs: Jobs) -> None:
+        job = jobs.seasoned(JobStatus.IN_PROGRESS)
+        call = jobs.renew(job)
+        first, fields = jobs.reply(call), jobs.fields(job)
         assert jobs.reply(call) == first
         assert jobs.fields(job) == fields
         jobs.check(job)
+
+    def test_dispatched(self, jobs: Jobs) -> None:
+        job = jobs.seasoned(JobStatus.QUEUED)
+        jobs.forget_message(job)
+        call = ACTIONS["dispatched"](jobs, job)
+        assert jobs.run(call)
+        before = jobs.dump()
+        assert not jobs.run(call)
+        assert jobs.dump() == before
 
 
 class TestTheSameWordsOfSomebodyElse:
@@ -121,7 +140,7 @@ class TestTheSameWordsOfSomebodyElse:
 
     def test_another_claim(self, jobs: Jobs) -> None:
         job = jobs.running()
-        assert jobs.run(jobs.claim(job.but(runner="somebody else"))) is None
+        assert jobs.run(jobs.claim(job.but(runner="somebody else"))) == Refused(JobStatus.IN_PROGRESS)
 
     def test_another_retry(self, jobs: Jobs) -> None:
         job = jobs.seasoned(JobStatus.FAILED)

@@ -53,7 +53,7 @@ DONE_ALREADY = {
 REFUSALS: dict[str, set[str]] = {
     "submit": {"CONFLICT"},
     "claim": {"NOT_WAITING"},
-    **dict.fromkeys(("progress", "complete", "fail", "reschedule", "release", "canceled"), {"NOT_YOURS"}),
+    **{script: {"NOT_YOURS"} for script in ("progress", "complete", "fail", "reschedule", "release", "canceled")},
     "cancel": {"OVER"},
     "retry": {"NOT_OVER"},
     "redispatch": {"NOT_DUE"},
@@ -78,7 +78,7 @@ def jobs(request: pytest.FixtureRequest) -> Iterator[Jobs]:
 def prepared(jobs: Jobs, status: JobStatus) -> Known:
     job = jobs.seasoned(status)
     if status.is_waiting:
-        jobs.lose_message(job)
+        jobs.forget_message(job)
     return job
 
 
@@ -187,7 +187,7 @@ class TestSubmit:
         assert jobs.dump() == before
 
     @pytest.mark.parametrize("other", [{"name": "Other"}, {"owner": "eve"}, {"fingerprint": "other"}])
-    def test_another_name_owner_or_payload_is_a_conflict(self, jobs: Jobs, other: dict[str, str]) -> None:
+    def test_another_name_owner_or_payload_is_a_conflict(self, jobs: Jobs, other: dict[str, Any]) -> None:
         job = jobs.queued(owner="ada")
         before = jobs.dump()
         assert jobs.reply(jobs.submit(job.id, **{"owner": "ada", **other})) == ["CONFLICT"]
