@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
@@ -264,10 +264,10 @@ class JobRequest(Request):
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         # A cold shutdown, or a lost broker connection with worker_cancel_long_running_tasks_on_connection_loss.
-        try:
+        with suppress(NotImplementedError):  # a pool of threads has nothing to kill: what still comes is refused
             super().cancel(pool, signal, emit_retry=emit_retry)
-        finally:
-            self._runtime.give_back(self.id, self.task.job_name, self._runner)
+        self._runtime.give_back(self.id, self.task.job_name, self._runner)
+        self.reject(requeue=True)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         if not soft:

@@ -57,14 +57,14 @@ class Deployment:
         }
         schedule = self.directory / f"{name}.schedule"
         beat = [*celery, "beat", "-s", str(schedule), "--pidfile=", "-l", "WARNING"]
-        ready: dict[str, str | None] = {"web": "startup complete", "prefork": r" ready\.", "threads": r" ready\."}
+        ready = {"web": "startup complete", "prefork": r" ready\.", "threads": r" ready\."}
         process = Process(
             commands.get(name, beat),
             env={**os.environ, **self.env},
             log=self.directory / f"{name}-{self._generation}.log",
         )
         self._processes[name] = process
-        if wait and ready.get(name):
+        if wait and name in ready:
             process.wait_for(ready[name])
 
     def stop(self) -> None:

@@ -191,7 +191,7 @@ def _recoveries(logs: str) -> dict[str, list[float]]:
 
 
 def _spread(times: list[float]) -> dict[str, float]:
-    p99 = quantiles(times, n=100)[98] if len(times) > 1 else times[0]
+    p99 = quantiles(times, n=100, method="inclusive")[98] if len(times) > 1 else times[0]
     return {"n": len(times), "p50": round(median(times), 2), "p99": round(p99, 2), "max": round(max(times), 2)}
 
 

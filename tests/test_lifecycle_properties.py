@@ -327,8 +327,8 @@ def live(server: Server, *, examples: int, steps: int) -> None:
 
 
 def test_many_lives_in_memory() -> None:
-    live(MemoryServer(), examples=200, steps=50)
+    live(MemoryServer(), examples=100, steps=40)
 
 
 def test_some_on_a_real_server(redis_url: str) -> None:
-    live(RedisServer.from_url(redis_url), examples=40, steps=40)
+    live(RedisServer.from_url(redis_url), examples=50, steps=40)

@@ -79,6 +79,7 @@ def test_include_router_prefixes_nested(endpoints: AsyncEndpoints) -> None:
     assert_location(app, "/job", "/out/in/jobs/{id}")
 
 
+@pytest.mark.filterwarnings("ignore:The `root_path` parameter is deprecated")
 def test_root_path_of_the_application(endpoints: AsyncEndpoints) -> None:
     app = app_with(submitting(endpoints), status(endpoints), root_path="/proxied")
     assert_location(app, "/job", "/proxied/jobs/{id}")
@@ -96,9 +97,9 @@ def test_both_in_a_mounted_application(endpoints: AsyncEndpoints) -> None:
 
 
 def test_both_in_a_mounted_application_behind_a_proxy(endpoints: AsyncEndpoints) -> None:
-    app = FastAPI(root_path="/proxied")
+    app = FastAPI()
     app.mount("/sub", app_with(submitting(endpoints), status(endpoints)))
-    assert_location(app, "/sub/job", "/proxied/sub/jobs/{id}")
+    assert_location(app, "/sub/job", "/proxied/sub/jobs/{id}", root_path="/proxied")
 
 
 def test_the_status_route_in_a_mounted_application(endpoints: AsyncEndpoints) -> None:
