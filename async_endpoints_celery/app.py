@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import secrets
 import sys
+import time
 import weakref
 from collections.abc import (
     AsyncIterator,
@@ -19,6 +21,7 @@ from uuid import UUID
 from celery import Celery
 
 from async_endpoints_celery.broker import broker_server, early_broker_url
+from async_endpoints_celery.changes import Changes
 from async_endpoints_celery.dispatch import Dispatcher
 from async_endpoints_celery.drivers import AsyncDriver, SyncDriver
 from async_endpoints_celery.embedded import EmbeddedWorker
@@ -34,9 +37,12 @@ from async_endpoints_celery.settings import Settings
 from async_endpoints_celery.store import AsyncStore, Server, StoreLike, SyncStore, open_server
 from async_endpoints_celery.submission import Accepted, Submitter
 from async_endpoints_celery.tasks import WorkerRuntime, join_worker, register_sweep, register_task
+from async_endpoints_celery.waiting import Waiter
 
 #: Seconds a worker goes on trying to write what became of a job.
 WORKER_PATIENCE = 120.0
+#: Seconds between two looks at the deployment's secret.
+SECRET_SECONDS = 60.0
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,6 +86,7 @@ class AsyncEndpoints:
         self.owner = owner
         self.registry = HandlerRegistry(self.settings)
         self._store = store
+        self._secret: tuple[str, float] | None = None
         if store is None:
             _check_broker_is_redis(early_broker_url(celery))
         else:
@@ -121,6 +128,14 @@ class AsyncEndpoints:
     @cached_property
     def _async(self) -> AsyncDriver:
         return AsyncDriver(AsyncStore(self.server), self.dispatcher)
+
+    @cached_property
+    def changes(self) -> Changes:
+        return Changes(self.server, self.operations.keys)
+
+    @cached_property
+    def waiter(self) -> Waiter:
+        return Waiter(self.operations, self._async, self.changes)
 
     @cached_property
     def _sync_store(self) -> SyncStore:
@@ -311,6 +326,17 @@ class AsyncEndpoints:
         """Submit what an HTTP request asks for."""
         return await self._async.run(self.submitter.submit(self.intake.from_http(request)))
 
+    async def secret(self) -> str:
+        """What ids derived from `Idempotency-Key` are keyed with: one for the whole deployment, made once.
+
+        Read again now and then, and put back if Redis has lost it, so that all web processes agree.
+        """
+        now = time.monotonic()
+        if self._secret is None or now - self._secret[1] > SECRET_SECONDS:
+            proposed = self._secret[0] if self._secret else secrets.token_hex(32)
+            self._secret = await self._async.store.run(self.operations.secret(proposed)), now
+        return self._secret[0]
+
     # The application's life.
 
     def lifespan(self, app: Any = None, *, embedded_worker: bool = False) -> Any:
@@ -342,6 +368,7 @@ class AsyncEndpoints:
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop and of this process's threads."""
+        await self.changes.close()
         await self._async.store.close()
         self.close()
 

@@ -8,6 +8,7 @@
     ae:jobs           zset    all jobs                  → when they were created
     ae:claimed        hash    how far the queue of each job name is (scripts/redispatch.lua)
     ae:sweep          hash    when the sweep last ran
+    ae:secret         string  what ids derived from Idempotency-Key are keyed with
     ae:changes:<id>   channel "<version> <status>" for each change of a job
 
 All scores are milliseconds since the epoch by the clock of Redis.
@@ -47,6 +48,10 @@ class Keys:
     @property
     def sweep(self) -> str:
         return f"{self.prefix}:sweep"
+
+    @property
+    def secret(self) -> str:
+        return f"{self.prefix}:secret"
 
     def job(self, job_id: str) -> str:
         return f"{self.prefix}:job:{job_id}"

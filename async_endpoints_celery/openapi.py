@@ -52,6 +52,10 @@ def job_responses(endpoint: str) -> dict[int | str, dict[str, Any]]:
             ok = {**record, "headers": {**record["headers"], **_ETAG}}  # type: ignore[dict-item]
             unchanged = {"description": "Not modified", "headers": _ETAG}
             return {200: ok, 304: unchanged, **_problems([401, 404, 422, 500, 503])}
+        case "job_events":
+            content = {"text/event-stream": {"schema": {"type": "string"}}}
+            stream = {"description": "The record now, and after each change", "content": content}
+            return {200: stream, **_problems([401, 404, 422, 500, 503])}
         case "cancel_job":
             told = {**record, "description": "The job runs and was told to stop"}
             return {200: record, 202: told, **_problems([401, 404, 409, 422, 500, 503])}

@@ -347,6 +347,12 @@ class Operations:
         ]
         return Query(commands, read)
 
+    def secret(self, proposed: str) -> Query[str]:
+        """The deployment's secret: the proposed one if there was none."""
+        return Query(
+            [("SET", self.keys.secret, proposed, "NX"), ("GET", self.keys.secret)], lambda replies: str(replies[1])
+        )
+
     def last_sweep(self) -> Query[int | None]:
         """When the sweep last ran, in milliseconds since the epoch."""
         return Query([("HGET", self.keys.sweep, "last_run")], lambda replies: int(replies[0]) if replies[0] else None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from fastapi.exceptions import RequestValidationError
+from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -36,6 +37,8 @@ class Told:
 
     location: str | None = None
     replayed: bool = False
+    #: Seconds of the client's `Prefer: wait=N` that were honoured, None if it did not ask.
+    waited: int | None = None
     include_stack_traces: bool = False
 
 
@@ -70,10 +73,38 @@ def entity_tag(job: Job) -> str:
 
 def record_response(job: Job, request: Request, status: int, **headers: str) -> Response:
     """A record with the headers that every record has."""
+    known = told(request)
     all_headers = {"Cache-Control": "no-store", "Async-Job-Id": str(job.id), **headers}
+    if known.location is not None:
+        all_headers["Location"] = known.location
+    if known.replayed:
+        all_headers["Idempotent-Replayed"] = "true"
+    if known.waited is not None:
+        all_headers["Preference-Applied"] = f"wait={known.waited}"
     if not job.status.is_over:
         all_headers["Retry-After"] = RETRY_AFTER
     return Response(job_json(job, told(request).include_stack_traces), status, all_headers, "application/json")
+
+
+def event_stream(events: AsyncIterator[Job | None], request: Request) -> Response:
+    """Server-Sent Events: `event` is the status, or `progress` where that is all that changed; `id` the version."""
+    traces = told(request).include_stack_traces
+
+    async def encoded() -> AsyncIterator[bytes]:
+        status = None
+        try:
+            async for job in events:
+                if job is None:
+                    yield b": keep-alive\n\n"
+                    continue
+                name = "progress" if job.status is status else str(job.status)
+                status = job.status
+                yield format_sse_event(data_str=job_json(job, traces).decode(), event=name, id=str(job.version))
+        except StoreUnavailable:
+            return  # the client comes again, with the id of the last event it has seen
+
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return EventSourceResponse(encoded(), headers=headers)
 
 
 # Problems.
@@ -88,6 +119,7 @@ _TITLES = {
     "REQUEST_ID_INVALID": "X-Async-Request-Id is not a UUID",
     "QUEUE_FULL": "Queue is full",
     "UNAVAILABLE": "Service temporarily unavailable",
+    "IDEMPOTENCY_KEY_INVALID": "Idempotency-Key is malformed",
     "JOB_CONFLICT": "Job conflict",
     "JOB_NOT_FOUND": "Job not found",
     "UNAUTHENTICATED": "Authentication required",
@@ -146,14 +178,8 @@ def problem(
 
 def job_submitted(job: Job, request: Request) -> Response:
     """202 Accepted with the record, where to read it and when to look."""
-    known = told(request)
-    # RFC 9110, 10.2.3: a job that is over already (eager mode) leaves nothing to wait for, but a 202 always says.
-    headers = {"Retry-After": RETRY_AFTER}
-    if known.location is not None:
-        headers["Location"] = known.location
-    if known.replayed:
-        headers["Idempotent-Replayed"] = "true"
-    return record_response(job, request, 202, **headers)
+    # A job that is over already (eager mode, a replay) leaves nothing to wait for, but a 202 always says.
+    return record_response(job, request, 202, **{"Retry-After": RETRY_AFTER})
 
 
 def job_status(job: Job | None, request: Request) -> Response:
@@ -166,7 +192,7 @@ def job_status(job: Job | None, request: Request) -> Response:
             "no such job: it never existed, its record has expired, or it is somebody else's",
         )
     tag = entity_tag(job)
-    if matches_tag(request.headers.get("if-none-match"), tag):
+    if request.method == "GET" and matches_tag(request.headers.get("if-none-match"), tag):
         return Response(status_code=304, headers={"ETag": tag, "Cache-Control": "no-store"})
     return record_response(job, request, 200, ETag=tag)
 

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import NoMatchFound, compile_path
 
 from async_endpoints_celery import openapi
 from async_endpoints_celery.bodies import JobRequest, body_dependency, receive_json, share_body
-from async_endpoints_celery.errors import AsyncEndpointsError, ConfigurationError
+from async_endpoints_celery.errors import AsyncEndpointsError, ConfigurationError, JobConflict
 from async_endpoints_celery.handlers import RegisteredHandler, check_name
 from async_endpoints_celery.intake import HttpSubmission
 from async_endpoints_celery.jobs import Job, JobStatus
+from async_endpoints_celery.preferences import derived_id, idempotency_key, preferred_wait
 from async_endpoints_celery.responses import (
     SCOPE_KEY,
     RequestRefused,
     Told,
     answer,
+    event_stream,
     job_json,
     record_response,
     submission_error,
 )
+from async_endpoints_celery.submission import Accepted
 
 if TYPE_CHECKING:
     from async_endpoints_celery.app import AsyncEndpoints
@@ -168,16 +172,17 @@ class AsyncRouter(APIRouter):
     def async_jobs(
         self, prefix: str = "/jobs", *, admin: bool = False, any_owner: bool = False, **route_arguments: Any
     ) -> None:
-        """Map the routes of jobs under `prefix`: status and cancel.
+        """Map the routes of jobs under `prefix`: status, cancel and events.
 
         Args:
-            prefix: "/jobs" gives GET and DELETE /jobs/{job_id}.
+            prefix: "/jobs" gives GET and DELETE /jobs/{job_id}, and GET /jobs/{job_id}/events.
             admin: also GET /jobs, the list, and POST /jobs/{job_id}/retry.
             any_owner: show everybody's jobs. Give such a router `dependencies` that let operators only pass.
         """
         one = f"{prefix}/{{job_id}}"
         endpoints = self.endpoints
         self._add_job_route("GET", one, _status_endpoint(endpoints, any_owner), route_arguments)
+        self._add_job_route("GET", f"{one}/events", _events_endpoint(endpoints, any_owner), route_arguments)
         self._add_job_route("DELETE", one, _cancel_endpoint(endpoints, any_owner), route_arguments)
         if admin:
             self._add_job_route("GET", prefix, _list_endpoint(endpoints, any_owner), route_arguments)
@@ -192,13 +197,20 @@ class AsyncRouter(APIRouter):
         arguments = {
             "tags": [DEFAULT_TAG],
             "responses": openapi.job_responses(endpoint.__name__),
-            "response_model": openapi.record_model(Any) if is_one else openapi.page_model(),
+            "response_model": _answer_model(endpoint.__name__),
             "status_code": 202 if endpoint.__name__ == "retry_job" else 200,
+            "response_class": Response if endpoint.__name__ == "job_events" else JSONResponse,
             **route_arguments,
             # Location finds the status route by this name.
             "name": status_route_name(self.endpoints) if endpoint.__name__ == "get_job" else endpoint.__name__,
         }
         self.add_api_route(path, endpoint, methods=[method], route_class_override=JobRoute, **arguments)
+
+
+def _answer_model(endpoint: str) -> Any:
+    if endpoint == "job_events":
+        return None
+    return openapi.page_model() if endpoint == "list_jobs" else openapi.record_model(Any)
 
 
 class JobRoute(APIRoute):
@@ -243,9 +255,10 @@ class Edge:
         if self.has_body:
             await receive_json(request, settings.max_payload_bytes)
 
-    def tell(self, request: Request, job: Job, *, replayed: bool) -> None:
+    def tell(self, request: Request, job: Job, *, replayed: bool, waited: int | None) -> None:
         known: Told = request.scope[SCOPE_KEY]
         known.replayed = replayed
+        known.waited = waited
         known.location = self.location(request, job.id)
 
     def location(self, request: Request, job_id: UUID) -> str | None:
@@ -291,6 +304,8 @@ def _submitting_endpoint(
                 raise TypeError(f"validate= of {path} returned {verdict!r}: return None to go on, or a Response")
             return verdict
         _require_owner(endpoints, owner)
+        key = _idempotency_key(request)
+        wait = _wanted_wait(endpoints, request)
         submission = HttpSubmission(
             name=name,
             model=model,
@@ -299,11 +314,17 @@ def _submitting_endpoint(
             headers=request.headers.items(),
             route_params=request.path_params,
             query=request.scope.get("query_string", b"").decode("latin-1"),
-            job_id=_requested_id(request),
+            job_id=await _job_id(endpoints, request, owner, key),
             owner=owner,
         )
-        accepted = await endpoints.submit_request(submission)
-        edge.tell(request, accepted.job, replayed=accepted.replayed)
+        try:
+            accepted = await _submit(endpoints, submission, wait)
+        except JobConflict as error:
+            error.same_key = key is not None and REQUEST_ID_HEADER not in request.headers
+            raise
+        edge.tell(request, accepted.job, replayed=accepted.replayed, waited=wait)
+        if wait is not None and accepted.job.status.is_over:
+            return await answer(endpoints.responses.job_status, accepted.job, request)
         return await answer(endpoints.responses.job_submitted, accepted.job, request)
 
     parameters = [_keyword("request", Request)]
@@ -329,9 +350,24 @@ _PATH_TYPES: dict[str, Any] = {"IntegerConvertor": int, "FloatConvertor": float,
 def _status_endpoint(endpoints: AsyncEndpoints, any_owner: bool = False) -> Callable[..., Any]:
     async def get_job(request: Request, job_id: str, owner: str | None = None) -> Response:
         job = await _own_job(endpoints, job_id, owner, any_owner)
+        wait = _wanted_wait(endpoints, request)
+        if job is not None and wait is not None:
+            request.scope[SCOPE_KEY].waited = wait
+            if not job.status.is_over:
+                job = await endpoints.waiter.until_over(job.id, wait)
         return await answer(endpoints.responses.job_status, job, request)
 
     return _job_endpoint(endpoints, get_job, any_owner)
+
+
+def _events_endpoint(endpoints: AsyncEndpoints, any_owner: bool) -> Callable[..., Any]:
+    async def job_events(request: Request, job_id: str, owner: str | None = None) -> Response:
+        job = await _own_job(endpoints, job_id, owner, any_owner)
+        if job is None:
+            return await answer(endpoints.responses.job_status, None, request)
+        return event_stream(endpoints.waiter.events(job.id, _last_event(request)), request)
+
+    return _job_endpoint(endpoints, job_events, any_owner)
 
 
 def _cancel_endpoint(endpoints: AsyncEndpoints, any_owner: bool) -> Callable[..., Any]:
@@ -435,10 +471,42 @@ async def _own_job(endpoints: AsyncEndpoints, job_id: str, owner: str | None, an
     return job
 
 
-def _requested_id(request: Request) -> UUID | None:
+async def _submit(endpoints: AsyncEndpoints, submission: HttpSubmission, wait: int | None) -> Accepted:
+    """Submit the job and, if the client prefers so, wait for its end: listening before there is anything to miss."""
+    if wait is None:
+        return await endpoints.submit_request(submission)
+    job_id = submission.job_id or uuid4()
+    submission = dataclasses.replace(submission, job_id=job_id)
+    async with endpoints.changes.watching(str(job_id)) as watch:
+        accepted = await endpoints.submit_request(submission)
+        job = await endpoints.waiter.until_over(job_id, wait, watch)
+    return Accepted(job or accepted.job, accepted.replayed)
+
+
+def _wanted_wait(endpoints: AsyncEndpoints, request: Request) -> int | None:
+    seconds = preferred_wait(request.headers.getlist("prefer"))
+    return None if seconds is None else min(seconds, int(endpoints.settings.max_wait_seconds))
+
+
+def _last_event(request: Request) -> int | None:
+    text = request.headers.get("last-event-id", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
+
+
+def _idempotency_key(request: Request) -> str | None:
+    try:
+        return idempotency_key(request.headers.getlist("idempotency-key"))
+    except ValueError as error:
+        raise RequestRefused(400, "IDEMPOTENCY_KEY_INVALID", str(error)) from None
+
+
+async def _job_id(endpoints: AsyncEndpoints, request: Request, owner: str | None, key: str | None) -> UUID | None:
+    """The id that the client chose, by X-Async-Request-Id or, failing that, by its Idempotency-Key."""
     text = request.headers.get(REQUEST_ID_HEADER)
     if text is None:
-        return None
+        if key is None:
+            return None
+        return derived_id(await endpoints.secret(), owner, request.method, request.url.path, key)
     try:
         return UUID(text.strip())
     except ValueError:

@@ -16,8 +16,8 @@ import asyncio
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 from urllib.parse import urlsplit
@@ -48,6 +48,8 @@ SOCKET_TIMEOUT = 1.5
 ANSWER_WITHIN = 1.5
 #: Connections of one event loop, and of one process's threads.
 MAX_CONNECTIONS = 50
+#: Seconds between two pings on a subscription.
+SUBSCRIPTION_PING_SECONDS = 10
 
 _PASSING = (
     redis.ConnectionError,
@@ -73,6 +75,8 @@ class Server(Protocol):
     def client(self) -> redis.Redis: ...
 
     def async_client(self) -> redis.asyncio.Redis: ...
+
+    def subscription(self) -> Subscription: ...
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,12 @@ class RedisServer:
             **self._bounded(),
         )
         return redis.asyncio.Redis.from_pool(pool)
+
+    def subscription(self) -> Subscription:
+        # It waits for messages as long as it takes, and a ping now and then tells whether the server is still there.
+        options = {**self._bounded(), "socket_timeout": None, "health_check_interval": SUBSCRIPTION_PING_SECONDS}
+        pool = redis.asyncio.ConnectionPool(connection_class=self.async_class, **options)
+        return Subscription(redis.asyncio.Redis.from_pool(pool))
 
     def _bounded(self) -> dict[str, Any]:
         bounds = {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_timeout": SOCKET_TIMEOUT}
@@ -189,6 +199,9 @@ class MemoryServer:
     def async_client(self) -> redis.asyncio.Redis:
         client = self._fakeredis.FakeAsyncRedis(server=self._server, decode_responses=True)
         return cast(redis.asyncio.Redis, client)
+
+    def subscription(self) -> Subscription:
+        return Subscription(self.async_client())
 
 
 def open_server(store: StoreLike) -> Server:
@@ -354,3 +367,42 @@ class AsyncStore:
 class _LoopClient:
     client: redis.asyncio.Redis
     pid: int = field(default_factory=os.getpid)
+
+
+class Subscription:
+    """A connection that listens to channels, on one event loop."""
+
+    def __init__(self, client: redis.asyncio.Redis) -> None:
+        self._client = client
+        self._pubsub = client.pubsub()
+
+    async def subscribe(self, *channels: str) -> None:
+        """Raises StoreUnavailable. The confirmation comes as a message of kind "subscribe"."""
+        with _unavailable():
+            await self._pubsub.subscribe(*channels)
+
+    async def unsubscribe(self, *channels: str) -> None:
+        with _unavailable():
+            await self._pubsub.unsubscribe(*channels)
+
+    async def reopen(self, channels: list[str]) -> None:
+        """A new connection with these channels. Raises StoreUnavailable."""
+        with suppress(RedisError, OSError):
+            await self._pubsub.aclose()
+        self._pubsub = self._client.pubsub()
+        if channels:
+            await self.subscribe(*channels)
+
+    async def messages(self) -> AsyncIterator[tuple[str, str]]:
+        """(kind, channel) of everything that comes, until the connection is lost: StoreUnavailable."""
+        while True:
+            with _unavailable():
+                # Not for ever: between two waits redis-py looks after the connection's health.
+                message = await self._pubsub.get_message(timeout=SUBSCRIPTION_PING_SECONDS)
+            if message is not None:
+                yield message["type"], message["channel"]
+
+    async def close(self) -> None:
+        with suppress(RedisError, OSError):
+            await self._pubsub.aclose()
+            await self._client.aclose()

@@ -2,11 +2,10 @@
 
 import asyncio
 import json
-import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -53,6 +52,8 @@ class Deployment:
             **(env or {}),
         }
         self.celery = Celery("outside", broker=broker, set_as_current=False)
+        if "TEST_QUORUM" in self.env:
+            self.celery.conf.task_default_queue_type = "quorum"
         self.http: httpx.Client
         self.web: Process
         self._processes: list[Process] = []
@@ -93,7 +94,7 @@ class Deployment:
         )
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
         self._clients.append(self.http)
-        self.web.wait_for("Application startup complete")
+        self.web.wait_for("Uvicorn running on")
         return self.web
 
     def start_worker(self, *arguments: str, ready: bool = True, env: Mapping[str, str] | None = None) -> WorkerNode:
@@ -133,7 +134,7 @@ class Deployment:
         record: dict[str, Any] = response.json()
         return record
 
-    def wait(self, job_id: str, *statuses: str, timeout: float = 10.0) -> dict[str, Any]:
+    def wait(self, job_id: str, *statuses: str, timeout: float = 8.0) -> dict[str, Any]:
         """The record once it is in one of the statuses; any that ends it, by default."""
         latest: dict[str, Any] = {}
 
@@ -175,10 +176,11 @@ class Deployment:
 
     def make_due(self, job_id: str) -> None:
         """Backdates a waiting job: the sweep's next run dispatches it."""
-        assert self.redis.zadd("ae:waiting", {job_id: 1}, xx=True, ch=True), "the job does not wait"
+        assert self.make_due_if_waiting(job_id), "the job does not wait"
 
-    def expire_lease(self, job_id: str) -> None:
-        assert self.redis.zadd("ae:running", {job_id: 1}, xx=True, ch=True), "the job does not run"
+    def make_due_if_waiting(self, job_id: str) -> bool:
+        self.redis.delete("ae:claimed")  # nothing was claimed for a while
+        return bool(self.redis.zadd("ae:waiting", {job_id: 1}, xx=True, ch=True))
 
     def sweep(self) -> None:
         """Have a worker sweep."""
@@ -194,17 +196,11 @@ class Deployment:
         return [json.loads(entry) for entry in reversed(entries)]
 
 
-@contextmanager
-def deployment(directory: Path, broker: str, store: str | None = None, **options: Any) -> Iterator[Deployment]:
-    with Deployment(directory, broker, store, **options) as deployed:
-        yield deployed
-
-
 class Proxy:
     """A TCP proxy that can lose the answer to a request: `lose_replies(b"EVALSHA")`.
 
-    The request that contains these bytes is handed on, and after `hold` said yes (by default: when the server has
-    answered) the connection is cut, the answer with it.
+    The request that contains these bytes is handed on, and when the server has answered the connection is cut, and the
+    answer with it.
     """
 
     def __init__(self, port: int) -> None:
@@ -263,9 +259,7 @@ class Proxy:
                 with suppress(OSError, asyncio.CancelledError):
                     await side.wait_closed()
 
-    async def _requests(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event
-    ) -> None:
+    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event) -> None:
         with suppress(OSError):
             while chunk := await reader.read(65536):
                 if self._remaining and self._pattern in chunk:
@@ -274,9 +268,7 @@ class Proxy:
                 writer.write(chunk)
                 await writer.drain()
 
-    async def _replies(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event
-    ) -> None:
+    async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event) -> None:
         with suppress(OSError):
             while chunk := await reader.read(65536):
                 if cut.is_set():
@@ -284,13 +276,3 @@ class Proxy:
                     return
                 writer.write(chunk)
                 await writer.drain()
-
-
-def processes_of(predicate: Callable[[str], bool]) -> list[int]:
-    """Ids of processes whose command line satisfies the predicate."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError):
-            if entry.name.isdigit() and predicate((entry / "cmdline").read_text().replace("\0", " ")):
-                found.append(int(entry.name))
-    return [pid for pid in found if pid != os.getpid()]

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -345,9 +344,7 @@ class Events:
 class TestWhatOthersSee:
     def test_events_name_the_job_and_show_its_retries(self, jobs: Deployment) -> None:
         with Events(jobs) as events:
-            job_id = jobs.submit(
-                "Flaky", {"X-Secret": HEADER_SECRET}, text=PAYLOAD_SECRET, failures=2
-            )
+            job_id = jobs.submit("Flaky", {"X-Secret": HEADER_SECRET}, text=PAYLOAD_SECRET, failures=2)
             jobs.wait(job_id)
             wait_until(lambda: "task-succeeded" in events.types(job_id))
         types = events.types(job_id)

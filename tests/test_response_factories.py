@@ -9,7 +9,6 @@ from fastapi.testclient import TestClient
 
 from async_endpoints_celery import (
     AsyncRouter,
-    ConfigurationError,
     Job,
     PayloadTooLarge,
     QueueFull,
@@ -114,13 +113,6 @@ def test_a_factory_that_breaks_is_an_internal_error(redis_url: str) -> None:
     def broken(job: Any, request: Any) -> Response:
         raise RuntimeError("s3cret")
 
-    with client_with(redis_url, job_submitted=broken, submission_error=broken) as client:
-        for body in (BODY, {}):
-            problem = assert_problem(client.post("/process", json=body), 500)
-            assert "s3cret" not in str(problem)
-
-
-@pytest.mark.parametrize("name", FACTORIES)
-def test_what_is_no_function_is_an_error_at_once(redis_url: str, name: str) -> None:
-    with pytest.raises((ConfigurationError, TypeError), match=name):
-        new_endpoints(redis_url, responses=ResponseFactories(**{name: 5}))  # type: ignore[arg-type]
+    with client_with(redis_url, job_submitted=broken, job_status=broken) as client:
+        for response in (client.post("/process", json=BODY), client.get(f"/jobs/{request_id()}")):
+            assert "s3cret" not in str(assert_problem(response, 500))

@@ -20,7 +20,6 @@ import redis
 from celery import Celery, signals
 from celery.exceptions import Ignore, Reject
 from fastapi import FastAPI
-from kombu import Exchange, Queue
 from pydantic import BaseModel
 
 from async_endpoints_celery import (
@@ -44,14 +43,6 @@ celery_app.conf.update(
 )
 if os.environ.get("TEST_QUORUM"):
     celery_app.conf.task_default_queue_type = "quorum"
-    celery_app.conf.worker_detect_quorum_queues = True
-if os.environ.get("TEST_TOPIC"):
-    topic = Exchange("test.topic", type="topic")
-    celery_app.conf.task_queues = [Queue("celery"), Queue("by-topic", topic, routing_key="jobs.#")]
-    celery_app.conf.task_routes = {
-        "async_endpoints.Echo": {"exchange": "test.topic", "exchange_type": "topic", "routing_key": "jobs.echo"}
-    }
-
 endpoints = AsyncEndpoints(celery_app, store=STORE_URL)
 
 
@@ -310,11 +301,17 @@ def gate(context: Context) -> int:
     return context.retry_count
 
 
+@endpoints.handler("ParkedGate", queue="parked", retry_delay_base_seconds=0)
+def parked_gate(context: Context) -> int:
+    leave_trace(context)
+    wait_at_gate(context)
+    return context.retry_count
+
+
 @endpoints.handler("GateAsync", retry_delay_base_seconds=0)
 async def gate_async(context: Context) -> int:
     leave_trace(context)
-    while not await asyncio.to_thread(traces().get, f"test:gate:{context.job_id}"):
-        await asyncio.sleep(0.02)
+    await asyncio.to_thread(wait_at_gate, context)
     return context.retry_count
 
 

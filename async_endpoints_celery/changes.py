@@ -1,0 +1,164 @@
+"""Being told of changes: one subscription connection per event loop, however many clients wait.
+
+Every script that changes a record publishes on the job's own channel (scripts/prelude.lua). A watch is told that there
+was a change; what it was, its owner reads from the record. After a lost connection all watches are told, for nobody
+knows what was missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import weakref
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from async_endpoints_celery.errors import StoreUnavailable
+from async_endpoints_celery.keys import Keys
+from async_endpoints_celery.store import ANSWER_WITHIN, Server, Subscription
+
+logger = logging.getLogger("async_endpoints_celery")
+
+#: Seconds before a lost subscription is tried again.
+RECONNECT_SECONDS = 0.2
+
+
+class Watch:
+    """Tells one waiting client that its job has changed."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+
+    def tell(self) -> None:
+        self._changed.set()
+
+    async def wait(self, seconds: float) -> bool:
+        """Whether there was a change since the last call, or within so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        changed = self._changed.is_set()
+        self._changed.clear()
+        return changed
+
+
+class Changes:
+    """The watches of one process; each event loop has a feed of its own."""
+
+    def __init__(self, server: Server, keys: Keys) -> None:
+        self._server = server
+        self._keys = keys
+        self._feeds: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Feed] = weakref.WeakKeyDictionary()
+
+    @asynccontextmanager
+    async def watching(self, job_id: str) -> AsyncIterator[Watch]:
+        """A watch that misses nothing from now on.
+
+        Raises:
+            StoreUnavailable: Redis did not confirm the subscription.
+        """
+        feed, channel = self._feed(), self._keys.changes(job_id)
+        watch = await feed.add(channel)
+        try:
+            yield watch
+        finally:
+            await feed.remove(channel, watch)
+
+    def _feed(self) -> _Feed:
+        loop = asyncio.get_running_loop()
+        feed = self._feeds.get(loop)
+        if feed is None or feed.pid != os.getpid():
+            feed = self._feeds[loop] = _Feed(self._server.subscription, self._keys.changes("-"))
+        return feed
+
+    async def close(self) -> None:
+        """Ends the running loop's feed."""
+        feed = self._feeds.pop(asyncio.get_running_loop(), None)
+        if feed is not None:
+            await feed.close()
+
+
+class _Feed:
+    """The subscription of one event loop: opened for the first watch, and kept."""
+
+    def __init__(self, subscribe: Callable[[], Subscription], home: str) -> None:
+        self.pid = os.getpid()
+        # A channel of its own, on which nobody speaks: a subscription to none could not be read.
+        self._home = home
+        self._subscribe = subscribe
+        self._watches: dict[str, set[Watch]] = {}
+        self._confirmed: dict[str, asyncio.Event] = {}
+        self._subscription: Subscription | None = None
+        self._reading: asyncio.Task[None] | None = None
+
+    async def add(self, channel: str) -> Watch:
+        watch = Watch()
+        watches = self._watches.setdefault(channel, set())
+        watches.add(watch)
+        confirmed = self._confirmed.setdefault(channel, asyncio.Event())
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN):
+                if len(watches) == 1:
+                    await self._open(channel)
+                await confirmed.wait()
+        except (TimeoutError, StoreUnavailable) as error:
+            await self.remove(channel, watch)
+            raise StoreUnavailable("Redis did not confirm the subscription") from error
+        return watch
+
+    async def _open(self, channel: str) -> None:
+        if self._subscription is None:
+            self._subscription = self._subscribe()
+            await self._subscription.subscribe(self._home, channel)
+            self._reading = asyncio.create_task(self._read(self._subscription))
+        else:
+            await self._subscription.subscribe(channel)
+
+    async def remove(self, channel: str, watch: Watch) -> None:
+        watches = self._watches.get(channel)
+        if watches is None or watch not in watches:
+            return
+        watches.discard(watch)
+        if watches:
+            return
+        del self._watches[channel]
+        self._confirmed.pop(channel, None)
+        if self._subscription is not None:
+            with contextlib.suppress(StoreUnavailable):
+                await self._subscription.unsubscribe(channel)
+
+    async def _read(self, subscription: Subscription) -> None:
+        """Hand on what comes, and subscribe anew after every loss."""
+        while True:
+            try:
+                async for kind, channel in subscription.messages():
+                    self._handle(kind, channel)
+            except StoreUnavailable as error:
+                logger.warning("the subscription to changes was lost, trying again: %s", error)
+            await asyncio.sleep(RECONNECT_SECONDS)
+            with contextlib.suppress(StoreUnavailable):
+                await subscription.reopen([self._home, *self._watches])
+                for watches in self._watches.values():
+                    for watch in watches:
+                        watch.tell()
+
+    def _handle(self, kind: str, channel: str) -> None:
+        if kind == "subscribe":
+            confirmed = self._confirmed.get(channel)
+            if confirmed is not None:
+                confirmed.set()
+        elif kind == "message":
+            for watch in self._watches.get(channel, ()):
+                watch.tell()
+
+    async def close(self) -> None:
+        reading, subscription = self._reading, self._subscription
+        self._reading = self._subscription = None
+        if reading is not None:
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reading
+        if subscription is not None:
+            await subscription.close()
