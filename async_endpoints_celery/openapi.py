@@ -49,7 +49,8 @@ def job_responses(endpoint: str) -> dict[int | str, dict[str, Any]]:
     record = {"description": "The job's record", "headers": {**_JOB_ID, **_RETRY_AFTER}}
     match endpoint:
         case "get_job":
-            ok = {**record, "headers": {**record["headers"], **_ETAG}}  # type: ignore[dict-item]
+            page = {"text/html": {"schema": {"type": "string", "description": "A live page, for browsers"}}}
+            ok = {**record, "content": page, "headers": {**record["headers"], **_ETAG}}  # type: ignore[dict-item]
             unchanged = {"description": "Not modified", "headers": _ETAG}
             return {200: ok, 304: unchanged, **_problems([401, 404, 422, 500, 503])}
         case "job_events":

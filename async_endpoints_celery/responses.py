@@ -23,6 +23,7 @@ from async_endpoints_celery.errors import (
     StoreUnavailable,
 )
 from async_endpoints_celery.jobs import Job
+from async_endpoints_celery.page import page_response, wants_page
 
 PROBLEM_JSON = "application/problem+json"
 #: Seconds after which a client should look again, or try again.
@@ -192,9 +193,11 @@ def job_status(job: Job | None, request: Request) -> Response:
             "no such job: it never existed, its record has expired, or it is somebody else's",
         )
     tag = entity_tag(job)
+    if request.method == "GET" and wants_page(request):
+        return page_response(job, tag)
     if request.method == "GET" and matches_tag(request.headers.get("if-none-match"), tag):
         return Response(status_code=304, headers={"ETag": tag, "Cache-Control": "no-store"})
-    return record_response(job, request, 200, ETag=tag)
+    return record_response(job, request, 200, ETag=tag, Vary="Accept")
 
 
 def submission_error(error: Exception, request: Request) -> Response:

@@ -134,7 +134,7 @@ def last_sweep(deployed: Deployment) -> int:
 def sweeps_again(deployed: Deployment, times: int = 2) -> bool:
     for _ in range(times):
         before = last_sweep(deployed)
-        wait_until(lambda: last_sweep(deployed) > before, 5)  # noqa: B023
+        wait_until(lambda: last_sweep(deployed) > before, 15)  # noqa: B023
     return True
 
 

@@ -61,9 +61,7 @@ async def test_submit_and_get(endpoints: AsyncEndpoints, call: Caller) -> None:
 @pytest.mark.parametrize(
     "request_", [DataRequest(data="abc"), {"data": "abc"}, {"data": "abc", "processingPriority": 2}]
 )
-async def test_a_request_may_be_a_model_or_what_fits_it(
-    endpoints: AsyncEndpoints, call: Caller, request_: Any
-) -> None:
+async def test_a_request_may_be_a_model_or_what_fits_it(endpoints: AsyncEndpoints, call: Caller, request_: Any) -> None:
     add_process_data(endpoints)
     async with endpoints.lifespan(embedded_worker=True)(FastAPI()):
         job = await call("submit", "ProcessData", request_)

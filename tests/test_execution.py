@@ -309,30 +309,30 @@ class Events:
     """What Flower would see: Celery's events of one deployment, from here to the end of the block."""
 
     def __init__(self, deployed: Deployment) -> None:
-        self._celery = deployed.celery
+        self._deployed = deployed
         self._stopping = threading.Event()
-        self._listening = threading.Event()
         self._thread = threading.Thread(target=self._capture, daemon=True)
         self.seen: list[dict[str, Any]] = []
 
     def _capture(self) -> None:
-        with self._celery.connection_for_read() as connection:
-            receiver = self._celery.events.Receiver(connection, handlers={"*": self.seen.append})
-            with receiver.consumer_context() as (listening, channel, _):
-                channel.client.ping()
-                self._listening.set()
+        celery = self._deployed.celery
+        with celery.connection_for_read() as connection:
+            receiver = celery.events.Receiver(connection, handlers={"*": self.seen.append})
+            with receiver.consumer_context() as (listening, _, _):
                 while not self._stopping.is_set():
                     with suppress(TimeoutError):
                         listening.drain_events(timeout=0.1)
 
     def __enter__(self) -> "Events":
+        patterns = self._deployed.redis.pubsub_numpat()
         self._thread.start()
-        assert self._listening.wait(5)
+        wait_until(lambda: self._deployed.redis.pubsub_numpat() > patterns)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stopping.set()
         self._thread.join(5)
+        wait_until(lambda: not self._thread.is_alive())
 
     def of(self, job_id: str) -> list[dict[str, Any]]:
         return [event for event in self.seen if event.get("uuid") == job_id]

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 from fastapi import APIRouter, FastAPI
-from fastapi.testclient import TestClient
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from async_endpoints_celery import AsyncEndpoints, AsyncRouter
-from tests.web import app_with, new_endpoints
+from tests.web import TestClient, app_with, new_endpoints
 
 
 @pytest.fixture

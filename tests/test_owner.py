@@ -6,12 +6,12 @@ from typing import Annotated, Any
 import pytest
 from fastapi import Header, HTTPException
 from fastapi.responses import PlainTextResponse
-from fastapi.testclient import TestClient
 
 from async_endpoints_celery import AsyncEndpoints, AsyncRouter
 from tests.web import (
     BODY,
     DataRequest,
+    TestClient,
     add_process_data,
     add_seen,
     app_with,

@@ -37,7 +37,8 @@ NAMES = {
 }
 HANDLER_OPTIONS = {
     **dict.fromkeys(("max_retries", "retry_delay_base_seconds", "retry_delay_max_seconds", "retry_jitter")),
-    **{"retry_on": (Exception,), "do_not_retry_on": ()},
+    "retry_on": (Exception,),
+    "do_not_retry_on": (),
     **dict.fromkeys(("timeout_seconds", "queue", "priority", "retention_seconds")),
 }
 REQUIRED = inspect.Parameter.empty
@@ -73,7 +74,8 @@ def test_signatures_of_the_operations(twin: bool) -> None:
     endpoints = AsyncEndpoints(Celery("tests", broker="memory://", set_as_current=False), store="memory://")
     owner: Any = endpoints.sync if twin else endpoints
     submit = {
-        **{"name": REQUIRED, "request": None},
+        "name": REQUIRED,
+        "request": None,
         **dict.fromkeys(("headers", "route_params", "query_params", "job_id", "owner", "delay_seconds")),
     }
     assert parameters(owner.submit) == (submit, {"name", "request"})
@@ -97,7 +99,9 @@ def test_signatures_of_the_job_routes() -> None:
     assert positional == {"path"}
     defaults, positional = parameters(AsyncRouter.async_jobs)
     assert {name: defaults[name] for name in ("prefix", "admin", "any_owner")} == {
-        **{"prefix": "/jobs", "admin": False, "any_owner": False}
+        "prefix": "/jobs",
+        "admin": False,
+        "any_owner": False,
     }
     assert positional == {"prefix"}
 

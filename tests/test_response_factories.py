@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from fastapi.testclient import TestClient
 
 from async_endpoints_celery import (
     AsyncRouter,
@@ -14,7 +13,16 @@ from async_endpoints_celery import (
     QueueFull,
     ResponseFactories,
 )
-from tests.web import BODY, add_process_data, app_with, assert_problem, assert_record, new_endpoints, request_id
+from tests.web import (
+    BODY,
+    TestClient,
+    add_process_data,
+    app_with,
+    assert_problem,
+    assert_record,
+    new_endpoints,
+    request_id,
+)
 
 
 def submitted(job: Job, request: Request) -> Response:
@@ -38,14 +46,17 @@ def exception(exc: Exception, request: Request) -> Response:
 
 def in_a_coroutine(factory: Any) -> Any:
     async def answer(first: Any, request: Request) -> Response:
-        return factory(first, request)  # type: ignore[no-any-return]
+        response: Response = factory(first, request)
+        return response
 
     return answer
 
 
 FACTORIES = {
-    **{"job_submitted": submitted, "job_status": status},
-    **{"submission_error": submission_error, "exception": exception},
+    "job_submitted": submitted,
+    "job_status": status,
+    "submission_error": submission_error,
+    "exception": exception,
 }
 
 
@@ -81,7 +92,8 @@ def test_all_four(redis_url: str, is_async: bool) -> None:
         assert (full.status_code, full.json()) == (297, {"refused": QueueFull.__name__, "queue": True})
         large = client.post("/process", json={"data": "x" * 200})
         assert (large.status_code, large.json()["refused"]) == (297, PayloadTooLarge.__name__)
-        for body in ({}, [], {"data": 5}):
+        bodies: list[Any] = [{}, [], {"data": 5}]
+        for body in bodies:
             assert client.post("/process", json=body).status_code == 297
         assert client.post("/process", content=b"{", headers={"Content-Type": "application/json"}).status_code == 297
         assert client.post("/process", json=BODY, headers={"X-Async-Request-Id": "x"}).status_code == 297

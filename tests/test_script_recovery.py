@@ -96,6 +96,7 @@ class TestALostWorker:
     def test_cannot_write_a_thing_any_more(self, jobs: Jobs, script: str, left: str) -> None:
         job = jobs.running()
         jobs.run(ACTIONS[left](jobs, job))
+        assert jobs.fields(job)["fence"] != job.fence
         for _ in ("the job waits", "somebody else runs it"):
             before = jobs.dump()
             assert jobs.reply(ACTIONS[script](jobs, job))[0] == "NOT_YOURS"

@@ -95,4 +95,4 @@ def test_a_wrong_value_is_a_clear_error(option: str, value: Any, monkeypatch: py
 
 def test_an_unknown_option_is_an_error() -> None:
     with pytest.raises(ConfigurationError, match="maximum_queue_size"):
-        Settings(max_queue_size=3)  # type: ignore[call-arg]
+        Settings(max_queue_size=3)

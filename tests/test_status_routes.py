@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from async_endpoints_celery import AsyncContext, AsyncEndpoints, AsyncRouter, JobFailed, JobStatus
 from tests.processes import wait_until
 from tests.web import (
     BODY,
+    TestClient,
     add_process_data,
     app_with,
     assert_problem,
@@ -80,7 +80,10 @@ def test_every_state_is_a_200(working: TestClient, go: threading.Event) -> None:
     record = working.get(running).json()
     assert_record(
         record,
-        **{"status": "InProgress", "completedAt": None, "result": None, "error": None},
+        status="InProgress",
+        completedAt=None,
+        result=None,
+        error=None,
         progress={"percent": 25.0, "message": "a quarter"},
     )
     assert record["startedAt"]
@@ -181,8 +184,13 @@ def test_retry_of_a_failed_job(working: TestClient) -> None:
     assert response.status_code == 202
     assert_record(
         response.json(),
-        **{"id": failed["id"], "status": "Queued", "retryCount": 0, "completedAt": None},
-        **{"error": None, "result": None, "progress": None},
+        id=failed["id"],
+        status="Queued",
+        retryCount=0,
+        completedAt=None,
+        error=None,
+        result=None,
+        progress=None,
     )
     again = wait_for_status(working, location, {"Failed"})
     assert again["startedAt"] > failed["startedAt"]

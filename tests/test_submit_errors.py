@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 from async_endpoints_celery import AsyncContext, AsyncEndpoints, AsyncRouter
@@ -17,6 +16,7 @@ from tests.processes import wait_until
 from tests.servers import ValkeyServer, valkey_server
 from tests.web import (
     BODY,
+    TestClient,
     add_process_data,
     app_with,
     assert_no_jobs,
@@ -49,17 +49,13 @@ def client(endpoints: AsyncEndpoints) -> Iterator[TestClient]:
         *(b'{"data": NaN}', b'{"data": "\xff"}', b'{"data": "x", "more": "\xed\xa0\x80"}', b"[" * 900),
     ],
 )
-def test_a_body_that_is_missing_or_not_json(
-    client: TestClient, endpoints: AsyncEndpoints, content: bytes
-) -> None:
+def test_a_body_that_is_missing_or_not_json(client: TestClient, endpoints: AsyncEndpoints, content: bytes) -> None:
     assert_problem(client.post("/process", content=content, headers=JSON), 400)
     assert_no_jobs(endpoints)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
-def test_a_body_in_another_encoding_than_utf_8(
-    client: TestClient, endpoints: AsyncEndpoints, encoding: str
-) -> None:
+def test_a_body_in_another_encoding_than_utf_8(client: TestClient, endpoints: AsyncEndpoints, encoding: str) -> None:
     content = json.dumps(BODY).encode(encoding)  # RFC 8259, 8.1
     assert_problem(client.post("/process", content=content, headers=JSON), 400)
     assert_no_jobs(endpoints)
@@ -80,9 +76,7 @@ def test_no_body_at_all(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "text/json", "json"])
-def test_a_body_of_another_content_type(
-    client: TestClient, endpoints: AsyncEndpoints, content_type: str
-) -> None:
+def test_a_body_of_another_content_type(client: TestClient, endpoints: AsyncEndpoints, content_type: str) -> None:
     headers = {"Content-Type": content_type}
     assert_problem(client.post("/process", content=json.dumps(BODY), headers=headers), 415)
     assert_no_jobs(endpoints)

@@ -1,18 +1,18 @@
 """`validate=`: what it may declare, what it may answer, and that the body stays one body."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import pytest
 from fastapi import Body, Depends, FastAPI, Header, HTTPException, Path, Query
 from fastapi.responses import JSONResponse, PlainTextResponse
-from fastapi.testclient import TestClient
 
 from async_endpoints_celery import AsyncEndpoints, AsyncRouter
 from tests.web import (
     BODY,
     DataRequest,
+    TestClient,
     add_process_data,
     app_with,
     assert_no_jobs,
@@ -25,9 +25,8 @@ SEEN: list[Any] = []
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
+def _forget() -> None:
     SEEN.clear()
-    yield
 
 
 def judge(request: DataRequest) -> Any:
