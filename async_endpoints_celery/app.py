@@ -32,7 +32,7 @@ from async_endpoints_celery.jobs import Job, JobStatus
 from async_endpoints_celery.keys import Keys
 from async_endpoints_celery.listing import JobListing, JobPage, check_limit, job_filter
 from async_endpoints_celery.operations import Operations
-from async_endpoints_celery.responses import ResponseFactories
+from async_endpoints_celery.responses import RequestRefused, ResponseFactories
 from async_endpoints_celery.settings import Settings
 from async_endpoints_celery.store import AsyncStore, Server, StoreLike, SyncStore, open_server
 from async_endpoints_celery.submission import Accepted, Submitter
@@ -324,7 +324,11 @@ class AsyncEndpoints:
 
     async def submit_request(self, request: HttpSubmission) -> Accepted:
         """Submit what an HTTP request asks for."""
-        return await self._async.run(self.submitter.submit(self.intake.from_http(request)))
+        try:
+            submission = self.intake.from_http(request)
+        except ValueError as error:
+            raise RequestRefused(400, "BODY_NOT_JSON", f"the body cannot be stored: {error}") from None
+        return await self._async.run(self.submitter.submit(submission))
 
     async def secret(self) -> str:
         """What ids derived from `Idempotency-Key` are keyed with: one for the whole deployment, made once.

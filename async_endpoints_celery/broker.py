@@ -120,12 +120,13 @@ class Publisher:
             producer = self.celery.amqp.Producer(connection.default_channel, auto_declare=False)
             sendable.options["confirm_timeout"] = PUBLISH_WITHIN
             _send(self.celery, sendable, producer)
-        except Exception:  # whatever it was, the outbox entry stands
+        except Exception as error:  # whatever it was, the outbox entry stands
             logger.warning(
-                "the broker did not confirm the message of %s; the sweep will publish it",
+                "the broker did not confirm the message of %s; the sweep will publish it: %r",
                 sendable.options["argsrepr"],
-                exc_info=True,
+                error,
             )
+            logger.debug("the publication that failed", exc_info=True)
             _close(connection)
             return False
         self._idle.append(connection)

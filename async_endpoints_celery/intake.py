@@ -49,7 +49,7 @@ class Intake:
         self._settings = settings
 
     def from_http(self, request: HttpSubmission) -> Submission:
-        """Raises HeadersTooLarge."""
+        """Raises HeadersTooLarge, and ValueError for a body that cannot be written as JSON again."""
         captured = CapturedRequest(
             payload=request.body_text,
             headers=self._kept(request.headers),
@@ -150,9 +150,12 @@ def _canonical(model: Any, body: Any, body_text: str | None) -> Any:
     """What makes two bodies the same: the validated value, so that white space and left-out defaults do not count."""
     if model is None:
         return None
-    payload = _adapter(model).dump_python(body, mode="json", by_alias=False)
-    # Secrets dump as asterisks, all alike: then the text itself must tell two bodies apart.
-    return [payload, body_text] if "**********" in canonical_json(payload) else payload
+    try:
+        payload = _adapter(model).dump_python(body, mode="json", by_alias=False)
+        # Secrets dump as asterisks, all alike: then the text itself must tell two bodies apart.
+        return [payload, body_text] if "**********" in canonical_json(payload) else payload
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 @functools.lru_cache(maxsize=256)

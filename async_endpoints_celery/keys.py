@@ -6,7 +6,7 @@
     ae:running        zset    InProgress jobs           → when their lease ends
     ae:ended          zset    jobs that are over        → when their retention ends
     ae:jobs           zset    all jobs                  → when they were created
-    ae:claimed        hash    how far the queue of each job name is (scripts/redispatch.lua)
+    ae:claimed        hash    how far the queue of each job name is (scripts/judge.lua)
     ae:sweep          hash    when the sweep last ran
     ae:secret         string  what ids derived from Idempotency-Key are keyed with
     ae:changes:<id>   channel "<version> <status>" for each change of a job

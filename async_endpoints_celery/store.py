@@ -360,7 +360,7 @@ class AsyncStore:
         """Closes the running loop's connections."""
         held = self._clients.pop(asyncio.get_running_loop(), None)
         if held is not None and held.pid == os.getpid():
-            await held.client.aclose()
+            await held.client.aclose(close_connection_pool=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,4 +405,4 @@ class Subscription:
     async def close(self) -> None:
         with suppress(RedisError, OSError):
             await self._pubsub.aclose()
-            await self._client.aclose()
+            await self._client.aclose(close_connection_pool=True)

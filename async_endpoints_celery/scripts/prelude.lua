@@ -6,7 +6,7 @@
 --         4 running  zset    ids of InProgress jobs, by the end of their lease
 --         5 ended    zset    ids of jobs that are over, by the end of their retention
 --         6 jobs     zset    ids of all jobs, by creation
---         7 claimed  hash    for each job name, how far its queue is: see redispatch.lua
+--         7 claimed  hash    for each job name, how far its queue is: see judge.lua
 --         8 …                the broker's keys, one for each command of the Celery message
 --   ARGV  1 id, 2 channel (told of every change), then what the script's "-- ARGS" line names,
 --         then, for scripts that dispatch, the commands of the message: name, number of arguments, arguments …
