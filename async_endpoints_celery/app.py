@@ -20,7 +20,7 @@ from uuid import UUID
 
 from celery import Celery
 
-from async_endpoints_celery.broker import broker_server, early_broker_url
+from async_endpoints_celery.broker import broker_server, early_broker_url, own_memory_broker
 from async_endpoints_celery.changes import Changes
 from async_endpoints_celery.dispatch import Dispatcher
 from async_endpoints_celery.drivers import AsyncDriver, SyncDriver
@@ -87,8 +87,11 @@ class AsyncEndpoints:
         self.registry = HandlerRegistry(self.settings)
         self._store = store
         self._secret: tuple[str, float] | None = None
+        broker = early_broker_url(celery)
+        if broker is not None and broker.startswith("memory://"):
+            own_memory_broker(celery)
         if store is None:
-            _check_broker_is_redis(early_broker_url(celery))
+            _check_broker_is_redis(broker)
         else:
             _ = self.server
         _claim_prefix(celery, self.settings.task_prefix)

@@ -10,14 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, quote, urlsplit
 
 import kombu.exceptions
 from celery import Celery
 from kombu import Connection
 from kombu.messaging import Producer
+from kombu.transport import memory as kombu_memory
 from kombu.transport import redis as kombu_redis
+from kombu.transport.virtual import BrokerState
 
 from async_endpoints_celery.errors import ConfigurationError, StoreUnavailable
 from async_endpoints_celery.operations import Command, Publication
@@ -100,11 +102,10 @@ class Publisher:
         return tuple(Command(name, f"{prefix}{key}", args) for name, key, args in commands)
 
     def _open_producer(self) -> Producer:
-        transport = self.celery.connection_for_write().get_transport_cls()
         connection = self.celery.connection_for_write(
-            transport=_capturing(transport),
             transport_options={"socket_connect_timeout": PUBLISH_WITHIN, "socket_timeout": PUBLISH_WITHIN},
         )
+        connection.transport_cls = _capturing(connection.get_transport_cls())
         return self.celery.amqp.Producer(connection.channel(), auto_declare=False)
 
     def _forget_producer(self) -> None:
@@ -115,22 +116,22 @@ class Publisher:
 
     def publish(self, sendable: Sendable) -> bool:
         """Publish for real; False when the broker did not confirm it."""
-        connection = self._idle.pop() if self._idle else self._open_connection()
-        try:
-            producer = self.celery.amqp.Producer(connection.default_channel, auto_declare=False)
-            sendable.options["confirm_timeout"] = PUBLISH_WITHIN
-            _send(self.celery, sendable, producer)
-        except Exception as error:  # whatever it was, the outbox entry stands
-            logger.warning(
-                "the broker did not confirm the message of %s; the sweep will publish it: %r",
-                sendable.options["argsrepr"],
-                error,
-            )
-            logger.debug("the publication that failed", exc_info=True)
-            _close(connection)
-            return False
-        self._idle.append(connection)
-        return True
+        while True:
+            kept = bool(self._idle)
+            connection = self._idle.pop() if kept else self._open_connection()
+            try:
+                producer = self.celery.amqp.Producer(connection.default_channel, auto_declare=False)
+                _send(self.celery, sendable, producer)
+            except Exception as error:  # whatever it was, the outbox entry stands
+                _close(connection)
+                if kept:
+                    continue  # a broker that was restarted leaves dead connections behind
+                label = sendable.options["argsrepr"]
+                logger.warning("the message of %s is not confirmed; the sweep will publish it: %r", label, error)
+                logger.debug("the publication that failed", exc_info=True)
+                return False
+            self._idle.append(connection)
+            return True
 
     def _open_connection(self) -> Connection:
         return self.celery.connection_for_write(
@@ -245,6 +246,30 @@ def _capturing(transport: type[Any]) -> type[Any]:
                 raise _WouldBlock
 
     return type("CapturingTransport", (transport,), {"Channel": Channel})
+
+
+# The broker of development.
+
+
+def own_memory_broker(celery: Celery) -> None:
+    """Give the app an in-memory broker of its own: kombu's is one for the whole process, and apps would take each
+    other's messages out of it."""
+
+    class Channel(kombu_memory.Channel):
+        queues: ClassVar[dict[str, Any]] = {}
+
+    channel_class = Channel
+
+    class Transport(kombu_memory.Transport):
+        Channel = channel_class
+        global_state = BrokerState()
+
+    class OwnConnection(Connection):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.transport_cls = Transport
+
+    celery.amqp.Connection = OwnConnection
 
 
 # Where the broker is.

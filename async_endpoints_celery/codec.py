@@ -10,7 +10,10 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from async_endpoints_celery.errors import AsyncEndpointError
+from pydantic import BaseModel, StrictBool, StrictStr
+from pydantic_core import from_json
+
+from async_endpoints_celery.errors import AsyncEndpointError, readable
 from async_endpoints_celery.jobs import Job, JobStatus, Progress
 
 
@@ -48,16 +51,21 @@ class CapturedRequest:
     def decode(cls, text: str) -> CapturedRequest:
         """Raises ValueError when `text` is not what `encode` makes."""
         try:
-            fields = json.loads(text)
-            return cls(
-                payload=fields["payload"],
-                headers=tuple((name, value) for name, value in fields["headers"]),
-                route_params=fields["routeParams"],
-                query=fields["query"],
-                by_name=fields["byName"],
-            )
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"the captured request is not readable: {error!r}") from error
+            fields = _Captured.model_validate(json.loads(text))
+        except (ValueError, RecursionError):
+            # Without its reasons: they quote what the client sent.
+            raise ValueError("the captured request is not readable") from None
+        return cls(fields.payload, tuple(fields.headers), fields.routeParams, fields.query, fields.byName)
+
+
+class _Captured(BaseModel):
+    """The JSON of a captured request."""
+
+    payload: StrictStr | None
+    headers: list[tuple[StrictStr, StrictStr]]
+    routeParams: dict[str, Any]
+    query: StrictStr
+    byName: StrictBool
 
 
 def canonical_json(value: Any) -> str:
@@ -97,7 +105,7 @@ def decode_record(job_id: str, fields: Mapping[str, str]) -> Job:
         started_at=moment(fields.get("started")),
         completed_at=moment(fields.get("completed")),
         last_updated_at=moment(fields["updated"]),
-        result=json.loads(result) if result else None,
+        result=from_json(result) if result else None,
         error=AsyncEndpointError.model_validate_json(error) if error else None,
         progress=Progress.model_validate_json(progress) if progress else None,
         owner=fields.get("owner"),
@@ -110,4 +118,5 @@ def encode_error(error: AsyncEndpointError) -> str:
 
 
 def encode_progress(percent: float, message: str | None) -> str:
-    return json.dumps({"percent": float(percent), "message": message}, separators=(",", ":"))
+    clean = None if message is None else readable(message)
+    return json.dumps({"percent": float(percent), "message": clean}, separators=(",", ":"))

@@ -156,7 +156,7 @@ class Dispatcher:
         if self.mode is Mode.EAGER:
             self._apply(message)  # delays do not count here, as they do not for Celery
         elif self.mode is Mode.OUTBOX and not self._stays_in_redis(message):
-            return self.publisher.publish(self._sendable(message))
+            return self.publisher.publish(self._confirmable(message))
         return False
 
     async def publish_async(self, message: Message) -> bool:
@@ -164,7 +164,7 @@ class Dispatcher:
             await asyncio.to_thread(self._apply, message)
         elif self.mode is Mode.OUTBOX and not self._stays_in_redis(message):
             try:
-                return await _in_thread(self.publisher.publishers, self.publisher.publish, self._sendable(message))
+                return await _in_thread(self.publisher.publishers, self.publisher.publish, self._confirmable(message))
             except StoreUnavailable:
                 return False
         return False
@@ -189,6 +189,11 @@ class Dispatcher:
         if message.countdown:
             options["countdown"] = message.countdown
         return Sendable(self.task_name(message.name), (message.attempt, message.request, message.copy), options)
+
+    def _confirmable(self, message: Message) -> Sendable:
+        sendable = self._sendable(message)
+        sendable.options["confirm_timeout"] = PUBLISH_WITHIN
+        return sendable
 
     def _apply(self, message: Message) -> None:
         task = self.celery.tasks.get(self.task_name(message.name))

@@ -6,11 +6,12 @@ the user's own word: a handler raises it to say how its job failed.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic.alias_generators import to_camel
 
 #: What a stored failure may hold at most, in characters: a record is no place for a megabyte of traceback.
@@ -86,7 +87,7 @@ class JobFailed(Exception):
     """
 
     def __init__(self, code: str, message: str, *, retryable: bool = False, retry_after: float | None = None) -> None:
-        if retry_after is not None and retry_after < 0:
+        if retry_after is not None and not 0 <= retry_after < math.inf:
             raise ValueError(f"retry_after is {retry_after}: give seconds from now, 0 or more")
         super().__init__(code, message)
         self.code = code
@@ -106,6 +107,18 @@ def _rebuild_job_failed(code: str, message: str, retryable: bool, retry_after: f
     return JobFailed(code, message, retryable=retryable, retry_after=retry_after)
 
 
+def readable(text: object, limit: int = MAX_MESSAGE_CHARS) -> str:
+    """Text that Redis can keep: of bounded length, and without the lone surrogates that no UTF-8 has."""
+    try:
+        clean = str(text).encode("utf-8", "backslashreplace").decode()
+    except Exception:  # a broken __str__ must not hide the failure itself
+        return f"<{type(text).__name__} has no readable message>"
+    return clean if len(clean) <= limit else clean[:limit] + "…"
+
+
+Readable = Annotated[str, BeforeValidator(readable)]
+
+
 class _Stored(BaseModel):
     """camelCase on the wire and in Redis, immutable in Python."""
 
@@ -115,8 +128,8 @@ class _Stored(BaseModel):
 class ExceptionInfo(_Stored):
     """One exception of a chain: its type, message, stack trace and the exception that caused it."""
 
-    type: str
-    message: str
+    type: Readable
+    message: Readable
     stack_trace: str | None = None
     inner_exception: ExceptionInfo | None = None
 
@@ -128,8 +141,8 @@ class ExceptionInfo(_Stored):
 class AsyncEndpointError(_Stored):
     """Why a job failed: a code for programs, a message for people and, if there was one, the exception."""
 
-    code: str
-    message: str
+    code: Readable
+    message: Readable
     exception: ExceptionInfo | None = None
 
     @classmethod
@@ -141,11 +154,11 @@ class AsyncEndpointError(_Stored):
         if isinstance(failure, AsyncEndpointError):
             return failure
         if isinstance(failure, JobFailed):
-            return cls(code=failure.code, message=_clip(failure.message), exception=exception_info(failure))
+            return cls(code=failure.code, message=failure.message, exception=exception_info(failure))
         if isinstance(failure, BaseException):
             info = exception_info(failure)
             return cls(code=type(failure).__name__.upper(), message=info.message, exception=info)
-        return cls(code=UNKNOWN, message=_clip(str(failure)))
+        return cls(code=UNKNOWN, message=failure)
 
     def without_stack_traces(self) -> AsyncEndpointError:
         """A copy that may be shown to a client."""
@@ -160,7 +173,7 @@ def exception_info(exc: BaseException) -> ExceptionInfo:
     for cause in reversed(list(_causes(exc))):
         info = ExceptionInfo(
             type=_qualified_name(type(cause)),
-            message=_clip(_message(cause)),
+            message=readable(cause),
             stack_trace=_stack_trace(cause),
             inner_exception=info,
         )
@@ -181,22 +194,9 @@ def _qualified_name(cls: type[BaseException]) -> str:
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _message(exc: BaseException) -> str:
-    try:
-        return str(exc)
-    except Exception:  # a broken __str__ must not hide the failure itself
-        return f"<{type(exc).__name__} has no readable message>"
-
-
 def _stack_trace(exc: BaseException) -> str | None:
     if exc.__traceback__ is None:
         return None
-    text = "".join(traceback.format_tb(exc.__traceback__))
+    text = "".join(traceback.format_tb(exc.__traceback__)).encode("utf-8", "backslashreplace").decode()
     # The end of a trace is where it happened.
     return text if len(text) <= MAX_STACK_TRACE_CHARS else "…" + text[-MAX_STACK_TRACE_CHARS:]
-
-
-def _clip(text: str) -> str:
-    # A lone surrogate is legal in a str and in no UTF-8: Redis would refuse the whole record for it.
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= MAX_MESSAGE_CHARS else text[:MAX_MESSAGE_CHARS] + "…"

@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from pydantic import ValidationError
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from async_endpoints_celery.codec import CapturedRequest, encode_error, milliseconds
 from async_endpoints_celery.context import AsyncContext, Attempt, JobCanceled
@@ -154,6 +154,7 @@ class Executor:
         try:
             # NaN and infinity are no JSON: null, as pydantic writes them.
             result = to_json(returned, by_alias=True, inf_nan_mode="null").decode()
+            from_json(result)  # what cannot be read again (an integer of thousands of digits) must not be stored
         except (PydanticSerializationError, UnicodeDecodeError, ValueError, RecursionError) as error:
             kind = type(returned).__name__
             return _permanent(

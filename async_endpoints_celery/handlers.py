@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from async_endpoints_celery.context import AsyncContext
 from async_endpoints_celery.errors import ConfigurationError
 from async_endpoints_celery.results import MethodResult
 from async_endpoints_celery.retry import RetryPolicy
-from async_endpoints_celery.settings import Settings
+from async_endpoints_celery.settings import MAX_SECONDS, Settings
 
 #: Names the tasks of this package use themselves.
 RESERVED_NAMES = frozenset({"sweep"})
@@ -87,7 +86,7 @@ class HandlerRegistry:
         Raises:
             ConfigurationError: it is not registered, or under several names.
         """
-        found = [handler for handler in self if handler.target is target]
+        found = [handler for handler in self if handler.target == target]  # == for bound methods
         if len(found) == 1:
             return found[0]
         if found:
@@ -136,7 +135,7 @@ class HandlerRegistry:
             ),
             timeout_seconds=number("timeout_seconds", "job_timeout_seconds", low=1),
             retention_seconds=number("retention_seconds", low=1),
-            queue=options.get("queue"),
+            queue=_queue(options.get("queue")),
             priority=_priority(options.get("priority")),
         )
         try:
@@ -187,7 +186,8 @@ def _types(function: Callable[..., Any], is_method: bool, names: Mapping[str, An
         raise ConfigurationError(f"{label} is a generator: a handler returns its result once")
     parameters = list(inspect.signature(function).parameters.values())[1 if is_method else 0 :]
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if not parameters or len(required) > 1 or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
+    by_name_only = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    if not parameters or len(required) > 1 or parameters[0].kind in by_name_only:
         raise ConfigurationError(
             f"{label}{inspect.signature(function)} must take exactly one argument, the context:"
             " AsyncContext[RequestModel], or AsyncContext for a job without a body"
@@ -244,7 +244,7 @@ def _number(
     setting: str | None = None,
     *,
     low: float,
-    high: float = math.inf,
+    high: float = MAX_SECONDS,
 ) -> Any:
     """The option's value, or the setting's where the registration does not say."""
     value, default = options.get(option), getattr(settings, setting or option)
@@ -253,10 +253,15 @@ def _number(
     whole = isinstance(default, int)
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise ConfigurationError(f"{option}={value!r} is not a {'whole ' if whole else ''}number")
-    if not low <= value <= high or value == math.inf:
-        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ConfigurationError(f"{option}={value!r}: it must be {bounds}")
+    if not low <= value <= high:
+        raise ConfigurationError(f"{option}={value!r}: it must be from {low} to {high}")
     return value if whole else float(value)
+
+
+def _queue(value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ConfigurationError(f"queue={value!r} is not the name of a queue")
+    return value
 
 
 def _priority(value: Any) -> int | None:
@@ -266,6 +271,8 @@ def _priority(value: Any) -> int | None:
 
 
 def _exception_types(name: str, value: Any) -> tuple[type[BaseException], ...]:
+    if not inspect.isclass(value) and not isinstance(value, Iterable):
+        raise ConfigurationError(f"{name}={value!r} is no exception type, and no collection of them")
     types = (value,) if inspect.isclass(value) else tuple(value)
     for entry in types:
         if not (inspect.isclass(entry) and issubclass(entry, BaseException)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, PydanticUserError, create_model
 
 from async_endpoints_celery.jobs import Job
 from async_endpoints_celery.responses import PROBLEM_JSON, PROBLEM_SCHEMA
@@ -58,7 +58,7 @@ def job_responses(endpoint: str) -> dict[int | str, dict[str, Any]]:
             stream = {"description": "The record now, and after each change", "content": content}
             return {200: stream, **_problems([401, 404, 422, 500, 503])}
         case "cancel_job":
-            told = {**record, "description": "The job runs and was told to stop"}
+            told = {**record, "description": "The job runs and was told to stop", "model": Job}
             return {200: record, 202: told, **_problems([401, 404, 409, 422, 500, 503])}
         case "retry_job":
             return {202: record, **_problems([401, 404, 409, 422, 500, 503])}
@@ -82,7 +82,7 @@ def record_model(result_type: Any) -> type[BaseModel]:
         return Job
     try:
         return _typed_record(result_type)
-    except TypeError:  # an unhashable annotation
+    except (TypeError, PydanticUserError):  # an unhashable annotation, a type without a schema
         return Job
 
 

@@ -395,7 +395,7 @@ class Operations:
 
     # What people and the sweep do.
 
-    def cancel(self, job_id: str) -> Call[bool]:
+    def cancel(self, job_id: str, *, nonce: str) -> Call[bool]:
         """True: canceled at once; False: the runner is told. Raises JobNotFound and JobConflict when it is read."""
 
         def read(reply: Any) -> bool:
@@ -410,7 +410,7 @@ class Operations:
                     raise JobNotFound(f"no job {job_id}")
             raise unexpected("cancel", reply)
 
-        return self._call("cancel", job_id, read)
+        return self._call("cancel", job_id, read, nonce=nonce)
 
     def retry(
         self,

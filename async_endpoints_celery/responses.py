@@ -196,7 +196,10 @@ def job_status(job: Job | None, request: Request) -> Response:
     if request.method == "GET" and wants_page(request):
         return page_response(job, tag)
     if request.method == "GET" and matches_tag(request.headers.get("if-none-match"), tag):
-        return Response(status_code=304, headers={"ETag": tag, "Cache-Control": "no-store"})
+        headers = {"ETag": tag, "Cache-Control": "no-store", "Vary": "Accept"}
+        return Response(
+            status_code=304, headers=headers if job.status.is_over else {**headers, "Retry-After": RETRY_AFTER}
+        )
     return record_response(job, request, 200, ETag=tag, Vary="Accept")
 
 

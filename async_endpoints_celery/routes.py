@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID, uuid4
 
@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import NoMatchFound, compile_path
+from starlette.routing import compile_path
 
 from async_endpoints_celery import openapi
 from async_endpoints_celery.bodies import JobRequest, body_dependency, receive_json, share_body
@@ -22,6 +22,7 @@ from async_endpoints_celery.errors import AsyncEndpointsError, ConfigurationErro
 from async_endpoints_celery.handlers import RegisteredHandler, check_name
 from async_endpoints_celery.intake import HttpSubmission
 from async_endpoints_celery.jobs import Job, JobStatus
+from async_endpoints_celery.locations import StatusRoute, find_status_route, status_route_name
 from async_endpoints_celery.preferences import derived_id, idempotency_key, preferred_wait
 from async_endpoints_celery.responses import (
     SCOPE_KEY,
@@ -42,7 +43,6 @@ logger = logging.getLogger("async_endpoints_celery")
 
 DEFAULT_TAG = "AsyncEndpoint"
 REQUEST_ID_HEADER = "x-async-request-id"
-_ZERO = UUID(int=0)
 
 
 class AsyncRouter(APIRouter):
@@ -202,8 +202,12 @@ class AsyncRouter(APIRouter):
             "response_class": Response if endpoint.__name__ == "job_events" else JSONResponse,
             **route_arguments,
             # Location finds the status route by this name.
-            "name": status_route_name(self.endpoints) if endpoint.__name__ == "get_job" else endpoint.__name__,
+            "name": endpoint.route_name,  # type: ignore[attr-defined]
         }
+        signature: inspect.Signature = endpoint.__signature__  # type: ignore[attr-defined]
+        known = dict(signature.parameters)
+        more = _path_parameters(self.prefix + path, known)
+        endpoint.__signature__ = signature.replace(parameters=[*known.values(), *more])  # type: ignore[attr-defined]
         self.add_api_route(path, endpoint, methods=[method], route_class_override=JobRoute, **arguments)
 
 
@@ -246,8 +250,7 @@ class Edge:
         self.endpoints = endpoints
         self.submits = submits
         self.has_body = has_body
-        # By the id of the outermost router, which is kept with it so that the id stays its own.
-        self._locations: dict[int, tuple[Any, str]] = {}
+        self._status_routes: dict[int, StatusRoute] = {}
 
     async def receive(self, request: JobRequest) -> None:
         settings = self.endpoints.settings
@@ -265,23 +268,13 @@ class Edge:
         """The path of the job's status route, whichever router or sub-application has it; None where none has."""
         root = request.scope.get("app_root_path", request.scope.get("root_path", ""))
         router = request.scope["router"]
-        known = self._locations.get(id(router))
-        template = known[1] if known else _status_path(router, status_route_name(self.endpoints))
-        if template is None:
-            return None
-        self._locations[id(router)] = router, template
-        return str(root).rstrip("/") + template.replace(str(_ZERO), str(job_id))
-
-
-def status_route_name(endpoints: AsyncEndpoints) -> str:
-    return f"async_endpoints_job_{id(endpoints):x}"
-
-
-def _status_path(router: Any, name: str) -> str | None:
-    try:
-        return str(router.url_path_for(name, job_id=str(_ZERO)))
-    except NoMatchFound:
-        return None
+        found = self._status_routes.get(id(router))
+        if found is None:
+            found = find_status_route(router, self.endpoints, request.path_params)
+            if found is None:
+                return None
+            self._status_routes[id(router)] = found
+        return str(root).rstrip("/") + found.path(job_id, request.path_params)
 
 
 # The endpoints.
@@ -296,20 +289,20 @@ def _submitting_endpoint(
 ) -> Callable[..., Any]:
     edge = Edge(endpoints, submits=True, has_body=model is not None)
 
-    async def submit_job(
-        request: JobRequest, body: Any = None, verdict: Any = None, owner: str | None = None, **path_params: Any
-    ) -> Response:
+    async def submit_job(**given: Any) -> Response:
+        # What is not asked for here are the path's parameters: the handler gets what the router matched.
+        request: JobRequest = given[_REQUEST]
+        verdict, owner = given.get(_VERDICT), given.get(_OWNER)
         if verdict is not None:
             if not isinstance(verdict, Response):
                 raise TypeError(f"validate= of {path} returned {verdict!r}: return None to go on, or a Response")
             return verdict
-        _require_owner(endpoints, owner)
         key = _idempotency_key(request)
         wait = _wanted_wait(endpoints, request)
         submission = HttpSubmission(
             name=name,
             model=model,
-            body=body,
+            body=given.get(_BODY),
             body_text=request._job_body.decode() if model is not None else None,
             headers=request.headers.items(),
             route_params=request.path_params,
@@ -327,28 +320,35 @@ def _submitting_endpoint(
             return await answer(endpoints.responses.job_status, accepted.job, request)
         return await answer(endpoints.responses.job_submitted, accepted.job, request)
 
-    parameters = [_keyword("request", Request)]
+    # The owner comes first: who is nobody hears nothing of the body, nor of what validate= thinks of it.
+    parameters = [_keyword(_REQUEST, Request), *_owner_parameter(endpoints, _OWNER)]
     if model is not None:
         dependency = body_dependency(model)
-        parameters.append(_keyword("body", Any, Depends(dependency)))
+        parameters.append(_keyword(_BODY, Any, Depends(dependency)))
         validate = share_body(validate, model, dependency) if validate is not None else None
     if validate is not None:
-        parameters.append(_keyword("verdict", Any, Depends(validate)))
-    parameters += _owner_parameter(endpoints)
-    taken = {parameter.name for parameter in parameters}
-    for parameter, convertor in compile_path(path)[2].items():
-        # Declared for the OpenAPI document; the handler gets what the router matched.
-        if parameter not in taken:
-            annotation = _PATH_TYPES.get(type(convertor).__name__, str)
-            parameters.append(_keyword(parameter, Annotated[annotation, Path()]))
+        parameters.append(_keyword(_VERDICT, Any, Depends(validate)))
+    parameters += _path_parameters(path)
     return _endpoint(submit_job, parameters, edge)
 
+
+#: The submitting endpoint's own parameters, by names that no path has.
+_REQUEST, _BODY, _VERDICT, _OWNER = (f"async_endpoints_{name}" for name in ("request", "body", "verdict", "owner"))
 
 _PATH_TYPES: dict[str, Any] = {"IntegerConvertor": int, "FloatConvertor": float, "UUIDConvertor": UUID}
 
 
+def _path_parameters(path: str, known: Collection[str] = ()) -> list[inspect.Parameter]:
+    """The parameters of a path, declared for the OpenAPI document."""
+    return [
+        _keyword(name, Annotated[_PATH_TYPES.get(type(convertor).__name__, str), Path()])
+        for name, convertor in compile_path(path)[2].items()
+        if name not in known
+    ]
+
+
 def _status_endpoint(endpoints: AsyncEndpoints, any_owner: bool = False) -> Callable[..., Any]:
-    async def get_job(request: Request, job_id: str, owner: str | None = None) -> Response:
+    async def get_job(request: Request, job_id: str, owner: str | None = None, **_: Any) -> Response:
         job = await _own_job(endpoints, job_id, owner, any_owner)
         wait = _wanted_wait(endpoints, request)
         if job is not None and wait is not None:
@@ -357,11 +357,13 @@ def _status_endpoint(endpoints: AsyncEndpoints, any_owner: bool = False) -> Call
                 job = await endpoints.waiter.until_over(job.id, wait)
         return await answer(endpoints.responses.job_status, job, request)
 
-    return _job_endpoint(endpoints, get_job, any_owner)
+    endpoint = _job_endpoint(endpoints, get_job, any_owner)
+    endpoint.route_name = status_route_name(endpoints, any_owner)  # type: ignore[attr-defined]
+    return endpoint
 
 
 def _events_endpoint(endpoints: AsyncEndpoints, any_owner: bool) -> Callable[..., Any]:
-    async def job_events(request: Request, job_id: str, owner: str | None = None) -> Response:
+    async def job_events(request: Request, job_id: str, owner: str | None = None, **_: Any) -> Response:
         job = await _own_job(endpoints, job_id, owner, any_owner)
         if job is None:
             return await answer(endpoints.responses.job_status, None, request)
@@ -371,7 +373,7 @@ def _events_endpoint(endpoints: AsyncEndpoints, any_owner: bool) -> Callable[...
 
 
 def _cancel_endpoint(endpoints: AsyncEndpoints, any_owner: bool) -> Callable[..., Any]:
-    async def cancel_job(request: Request, job_id: str, owner: str | None = None) -> Response:
+    async def cancel_job(request: Request, job_id: str, owner: str | None = None, **_: Any) -> Response:
         job = await _own_job(endpoints, job_id, owner, any_owner)
         if job is None:
             return await answer(endpoints.responses.job_status, None, request)
@@ -382,7 +384,7 @@ def _cancel_endpoint(endpoints: AsyncEndpoints, any_owner: bool) -> Callable[...
 
 
 def _retry_endpoint(endpoints: AsyncEndpoints, any_owner: bool) -> Callable[..., Any]:
-    async def retry_job(request: Request, job_id: str, owner: str | None = None) -> Response:
+    async def retry_job(request: Request, job_id: str, owner: str | None = None, **_: Any) -> Response:
         job = await _own_job(endpoints, job_id, owner, any_owner)
         if job is None:
             return await answer(endpoints.responses.job_status, None, request)
@@ -399,9 +401,8 @@ def _list_endpoint(endpoints: AsyncEndpoints, any_owner: bool) -> Callable[..., 
         limit: int = 50,
         cursor: str | None = None,
         owner: str | None = None,
+        **_: Any,
     ) -> Response:
-        if endpoints.owner is not None and not any_owner:
-            _require_owner(endpoints, owner)
         try:
             page = await endpoints.list_own_jobs(
                 status=status, name=name, limit=limit, cursor=cursor, owner=None if any_owner else owner
@@ -437,6 +438,7 @@ def _job_endpoint(endpoints: AsyncEndpoints, function: Callable[..., Any], any_o
 def _endpoint(function: Callable[..., Any], parameters: list[inspect.Parameter], edge: Edge) -> Callable[..., Any]:
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.edge = edge  # type: ignore[attr-defined]
+    function.route_name = function.__name__  # type: ignore[attr-defined]
     return function
 
 
@@ -444,23 +446,24 @@ def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _owner_parameter(endpoints: AsyncEndpoints) -> list[inspect.Parameter]:
-    return [] if endpoints.owner is None else [_keyword("owner", Any, Depends(endpoints.owner))]
+def _owner_parameter(endpoints: AsyncEndpoints, name: str = "owner") -> list[inspect.Parameter]:
+    """The caller's identity, where there is an `owner` dependency; without an identity no further: 401."""
+    if endpoints.owner is None:
+        return []
 
+    def known_owner(owner: Any) -> Any:
+        if owner:
+            return owner
+        # RFC 9110, 15.5.2 wants a challenge; what the application's own scheme is, its dependency knows.
+        challenge = {"WWW-Authenticate": "Bearer"}
+        raise RequestRefused(401, "UNAUTHENTICATED", "say who you are: jobs have owners here", headers=challenge)
 
-def _require_owner(endpoints: AsyncEndpoints, owner: str | None) -> None:
-    if endpoints.owner is None or owner:
-        return
-    # RFC 9110, 15.5.2 wants a challenge; what the application's own scheme is, its dependency knows.
-    raise RequestRefused(
-        401, "UNAUTHENTICATED", "say who you are: jobs have owners here", headers={"WWW-Authenticate": "Bearer"}
-    )
+    known_owner.__annotations__ = {"owner": Annotated[Any, Depends(endpoints.owner)]}
+    return [_keyword(name, Any, Depends(known_owner))]
 
 
 async def _own_job(endpoints: AsyncEndpoints, job_id: str, owner: str | None, any_owner: bool) -> Job | None:
     """The job, if it exists and this caller may know of it."""
-    if not any_owner:
-        _require_owner(endpoints, owner)
     try:
         wanted = UUID(job_id)
     except ValueError:

@@ -13,8 +13,10 @@ from async_endpoints_celery.errors import ConfigurationError
 
 ENV_PREFIX = "ASYNC_ENDPOINTS_"
 
-Interval = Annotated[float, Field(ge=1, allow_inf_nan=False)]
-Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+#: A hundred years: Redis cannot keep what is much longer, and nobody means it.
+MAX_SECONDS = 100 * 365 * 86_400
+Interval = Annotated[float, Field(ge=1, le=MAX_SECONDS, allow_inf_nan=False)]
+Delay = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Bytes = Annotated[int, Field(ge=1)]
 

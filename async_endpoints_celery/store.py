@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import redis
 import redis.asyncio
@@ -175,6 +175,71 @@ _CONNECTION_OPTIONS = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class SentinelServer:
+    """The master that Sentinels know under a name. Who it is is asked anew for each connection."""
+
+    sentinels: tuple[tuple[str, int], ...]
+    service: str
+    options: Mapping[str, Any]
+    kind: str = "redis"
+    #: The broker may be the same servers; that it is the same master at any moment cannot be told.
+    identity: tuple[str, int, int] | None = None
+
+    def client(self) -> redis.Redis:
+        options = self._bounded()
+        retry = redis.retry.Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+        sentinel = redis.Sentinel(self.sentinels, sentinel_kwargs=options)
+        master = sentinel.master_for(self.service, retry=retry, **{**options, **self.options})
+        return cast(redis.Redis, master)
+
+    def async_client(self) -> redis.asyncio.Redis:
+        return self._async_client(**self._bounded())
+
+    def subscription(self) -> Subscription:
+        return Subscription(self._async_client(**{**self._bounded(), "socket_timeout": None}))
+
+    def _async_client(self, **options: Any) -> redis.asyncio.Redis:
+        retry = redis.asyncio.retry.Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+        sentinel = redis.asyncio.Sentinel(self.sentinels, sentinel_kwargs=self._bounded())
+        return sentinel.master_for(self.service, retry=retry, **{**options, **self.options})  # type: ignore[no-any-return]
+
+    def _bounded(self) -> dict[str, Any]:
+        return {
+            "socket_connect_timeout": CONNECT_TIMEOUT,
+            "socket_timeout": SOCKET_TIMEOUT,
+            "decode_responses": True,
+        }
+
+    @classmethod
+    def from_url(cls, url: str) -> SentinelServer:
+        """`redis+sentinel://[user:password@]host:port[,host:port…]/service[/database]`.
+
+        Raises:
+            ConfigurationError: it is not one.
+        """
+        parts = urlsplit(url)
+        credentials, _, hosts = parts.netloc.rpartition("@")
+        service, _, database = parts.path.strip("/").partition("/")
+        try:
+            sentinels = tuple(
+                (host, int(port or 26379)) for host, _, port in (h.partition(":") for h in hosts.split(","))
+            )
+            options: dict[str, Any] = {"db": int(database or 0)}
+        except ValueError:
+            sentinels, options = (), {}
+        if not service or not all(host for host, _ in sentinels) or not sentinels:
+            raise ConfigurationError(
+                f"store={_without_password(url)!r}: write redis+sentinel://host:port,host:port/service/database"
+            )
+        user, _, password = credentials.partition(":")
+        if user:
+            options["username"] = unquote(user)
+        if password:
+            options["password"] = unquote(password)
+        return cls(sentinels, service, options)
+
+
 @dataclass
 class MemoryServer:
     """The development store: a fake Redis inside this process, running the same scripts."""
@@ -216,11 +281,16 @@ def open_server(store: StoreLike) -> Server:
             return MemoryServer()
         if scheme in {"redis", "rediss", "unix"}:
             return RedisServer.from_url(store)
-        raise ConfigurationError(f"store={_without_password(store)!r}: use redis://, rediss://, unix:// or memory://")
+        if scheme == "redis+sentinel":
+            return SentinelServer.from_url(store)
+        raise ConfigurationError(
+            f"store={_without_password(store)!r}: use redis://, rediss://, unix://, redis+sentinel:// or memory://"
+        )
     if isinstance(store, (redis.Redis, redis.asyncio.Redis)):
         return RedisServer.from_client(store)
     raise ConfigurationError(
-        f"store={store!r}: give a URL (redis://, rediss://, unix://, memory://), a redis.Redis client or None"
+        f"store={store!r}: give a URL (redis://, rediss://, unix://, redis+sentinel://, memory://), a redis.Redis"
+        " client or None"
     )
 
 
@@ -233,10 +303,9 @@ def identity(host: str, port: Any, db: Any) -> tuple[str, int, int]:
 
 def _without_password(url: str) -> str:
     """The URL as it may be shown."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    return url.replace(f":{parts.password}@", ":***@")
+    credentials, at, _ = urlsplit(url).netloc.rpartition("@")
+    password = credentials.partition(":")[2]
+    return url.replace(f":{password}{at}", ":***@") if password else url
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from async_endpoints_celery.codec import CapturedRequest, milliseconds, moment
 from async_endpoints_celery.dispatch import Capture, Dispatcher, Message, Mode
@@ -67,7 +68,7 @@ class Submitter:
                 name=submission.name,
                 owner=submission.owner,
                 fingerprint=submission.fingerprint,
-                nonce=uuid4().hex,
+                nonce=_nonce(),
                 max_retries=submission.max_retries,
                 retention_ms=milliseconds(submission.retention_seconds),
                 queue_limit=self._queue_limit,
@@ -98,7 +99,7 @@ class Submitter:
             JobNotFound: no such job.
             JobConflict: it is over already.
         """
-        yield self._operations.cancel(str(job_id))
+        yield self._operations.cancel(str(job_id), nonce=_nonce())
         return (yield from self._existing(job_id))
 
     def retry(self, job_id: UUID) -> Flow[Job]:
@@ -118,7 +119,7 @@ class Submitter:
         yield self._operations.retry(
             str(job_id),
             attempt=stored.attempt,
-            nonce=uuid4().hex,
+            nonce=_nonce(),
             dispatch_after_ms=self._dispatcher.dispatch_after_ms(),
             publication=publication,
         )
@@ -167,6 +168,11 @@ def _parse_cursor(cursor: str | None) -> tuple[str, str] | None:
     if not (created.isascii() and created.isdigit() and len(created) < 20 and job_id):
         raise ValueError(f"{cursor!r} is no cursor: take the one of the page before")
     return created, job_id
+
+
+def _nonce() -> str:
+    """Tells one request from another, where the client library sends it twice. Unique among those to one job."""
+    return secrets.token_hex(6)
 
 
 def _new_job(submission: Submission, created_ms: str) -> Job:

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from billiard.einfo import ExceptionWithTraceback
-from billiard.exceptions import WorkerLostError
+from billiard.exceptions import Terminated, WorkerLostError
 from celery import Celery, Task, bootsteps, signals
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.worker.request import Request
@@ -142,6 +142,11 @@ class WorkerRuntime:
                 if attempt.cancellation_requested():
                     raise JobCanceled from error
                 raise JobTimedOut from error
+            except SystemExit as error:
+                if self.keeper.is_here:
+                    # Threads, solo, gevent: there is no process of its own to end.
+                    raise JobFailed("SYSTEMEXIT", f"{handler.name} called sys.exit({error.code!r})") from error
+                raise
 
         with self._deadline(delivery, claimed, handler):
             outcome = self.executor.run(delivery, claimed, handler, attempt, interruptible)
@@ -150,8 +155,8 @@ class WorkerRuntime:
 
     @contextmanager
     def _deadline(self, delivery: Delivery, claimed: Claimed, handler: RegisteredHandler | None) -> Iterator[None]:
-        """End the record on time where the pool cannot interrupt a sync handler; its late result is then refused."""
-        if handler is None or handler.is_async or not self.keeper.is_here:
+        """End the record on time where the pool cannot interrupt the handler; its late result is then refused."""
+        if handler is None or not self.keeper.is_here:
             yield
             return
 
@@ -160,7 +165,9 @@ class WorkerRuntime:
             outcome = timed_out(handler, JobTimedOut())
             self.impatient_driver.run(self.executor.finish(delivery, claimed, handler, outcome))
 
-        self.keeper.limit(delivery.runner, handler.timeout_seconds, overdue)
+        # An async handler is canceled by its loop, unless it blocks that.
+        grace = SOFT_LIMIT_GRACE if handler.is_async else 0.0
+        self.keeper.limit(delivery.runner, handler.timeout_seconds + grace, overdue)
         try:
             yield
         finally:
@@ -219,6 +226,10 @@ class WorkerRuntime:
             "recovered": swept.recovered,
             "pruned": swept.pruned,
         }
+
+
+#: Exceptions that would tell Celery something else than that the handler failed.
+_CELERYS_OWN = (Ignore, Reject, Retry, MemoryError, SystemExit, KeyboardInterrupt, WorkerLostError, Terminated)
 
 
 class JobRevoked(Ignore):
@@ -328,7 +339,9 @@ class JobTask(Task):
                 logger.info("job %s was canceled", delivery.job_id)
                 raise JobRevoked
             case Failed():
-                reason = outcome.cause or JobFailed(outcome.error.code, outcome.error.message)
+                reason = outcome.cause
+                if reason is None or isinstance(reason, _CELERYS_OWN):
+                    reason = JobFailed(outcome.error.code, outcome.error.message)
                 if ending.retry_in is not None:
                     # The message is out already, in one step with the record: this only tells Celery.
                     raise Retry(exc=reason, when=ending.retry_in)
@@ -350,16 +363,17 @@ def register_task(celery: Celery, runtime: WorkerRuntime, handler: RegisteredHan
     if handler.priority is not None:
         options["priority"] = handler.priority
     grace = SOFT_LIMIT_GRACE if handler.is_async else 0.0
+    # Inherited: an attribute of the task's own class is deprecated.
+    base = type("JobTask", (JobTask,), {**options, "abstract": True})
     celery.task(
         bind=True,
-        base=JobTask,
+        base=base,
         name=f"{runtime.settings.task_prefix}{handler.name}",
         shared=False,
         runtime=runtime,
         job_name=handler.name,
         soft_time_limit=handler.timeout_seconds + grace,
         time_limit=handler.timeout_seconds + HARD_LIMIT_GRACE,
-        **options,
     )(run)
 
 
@@ -415,12 +429,14 @@ def join_worker(celery: Celery, runtime: WorkerRuntime) -> None:
                 parent.hub.call_repeatedly(POOL_CHECK_SECONDS, maintain_pool)
             threading.Thread(target=sweep_once, name="async-endpoints-sweep", daemon=True).start()
 
-        def stop(self, parent: Any) -> None:
+    celery.steps["worker"].add(LeaseKeeperStep)
+
+    def on_shutdown(sender: Any, **_: Any) -> None:
+        # Not as a step: steps stop in reverse order, and the pool still finishes what runs after this one.
+        if sender.app is celery:
             runtime.keeper.stop()
 
-        terminate = stop
-
-    celery.steps["worker"].add(LeaseKeeperStep)
+    signals.worker_shutdown.connect(on_shutdown, weak=False)
 
     def on_unknown(sender: Any, message: Any, name: str, id: str, **_: Any) -> None:
         if sender.app is celery and name.startswith(runtime.settings.task_prefix):

@@ -99,12 +99,11 @@ class RunningAttempt:
         self._next_look = 0.0
 
     def report_progress(self, percent: float, message: str | None) -> Awaitable[None]:
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
+        if self._watch is None:
+            # A sync handler. (Under gevent there seems to be a running loop: that of another greenlet.)
             self._write_progress(percent, message)
             return DONE
-        return loop.run_in_executor(None, self._write_progress, percent, message)
+        return asyncio.get_running_loop().run_in_executor(None, self._write_progress, percent, message)
 
     def _write_progress(self, percent: float, message: str | None) -> None:
         try:
@@ -173,6 +172,14 @@ class HandlerStopped(Exception):
     """An `async def` handler ended by cancellation: carried over the thread boundary, where CancelledError is not."""
 
 
+class HandlerExited(Exception):
+    """An `async def` handler raised SystemExit, which as it is would end the loop."""
+
+    def __init__(self, exit_: SystemExit | KeyboardInterrupt) -> None:
+        super().__init__(exit_)
+        self.exit = exit_
+
+
 async def run_async_handler(
     handler: RegisteredHandler,
     context: AsyncContext[Any],
@@ -190,7 +197,12 @@ async def run_async_handler(
     watch.add(attempt, task)
     try:
         async with asyncio.timeout(handler.timeout_seconds) as scope:
-            return await handler.call(context)
+            result = await handler.call(context)
+        if scope.expired():
+            raise JobTimedOut  # it did not heed its cancellation
+        return result
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise HandlerExited(error) from error
     except TimeoutError as error:
         if scope.expired():
             raise JobTimedOut from error
@@ -215,6 +227,8 @@ def call_handler(
             return loop.run(run_async_handler(handler, context, attempt, watch))
         except HandlerStopped as error:
             raise JobCanceled from error
+        except HandlerExited as error:
+            raise error.exit from None
         except concurrent.futures.CancelledError:
             raise JobFailed(
                 "CANCELLEDERROR", f"{handler.name} ended with an asyncio.CancelledError of its own", retryable=True

@@ -41,6 +41,9 @@ class Model:
     final: Any = None
     history: list[JobStatus] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.history.append(self.status)
+
     def move(self, status: JobStatus) -> None:
         assert status is self.status or status in TRANSITIONS[self.status], f"{self.status} → {status}"
         if status is not IN_PROGRESS:

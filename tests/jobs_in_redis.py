@@ -285,7 +285,7 @@ ACTIONS: dict[str, Callable[[Jobs, Known], Call[Any]]] = {
     "reschedule": lambda jobs, job: jobs.reschedule(job),
     "release": lambda jobs, job: jobs.release(job),
     "canceled": lambda jobs, job: jobs.operations.canceled(job.id, fence=job.fence),
-    "cancel": lambda jobs, job: jobs.operations.cancel(job.id),
+    "cancel": lambda jobs, job: jobs.operations.cancel(job.id, nonce=uuid4().hex),
     "retry": lambda jobs, job: jobs.retry(job),
     "redispatch": lambda jobs, job: jobs.redispatch(job),
     "recover": lambda jobs, job: jobs.recover(job),

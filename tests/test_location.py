@@ -61,8 +61,8 @@ def test_default_path_of_the_status_route(endpoints: AsyncEndpoints) -> None:
 
 def test_another_prefix(endpoints: AsyncEndpoints) -> None:
     router = submitting(endpoints)
-    router.async_jobs("/work")
-    assert_location(app_with(router), "/job", "/work/{id}")
+    router.async_jobs("/runs")
+    assert_location(app_with(router), "/job", "/runs/{id}")
 
 
 def test_router_prefixes(endpoints: AsyncEndpoints) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import Depends
 from fastapi.openapi.models import OpenAPI
 from pydantic import BaseModel
 
@@ -291,13 +291,3 @@ def test_the_prefixes_parameters_are_declared_too(endpoints: AsyncEndpoints) -> 
     inner.async_post("/items/{item:int}", "Elsewhere")
     inner.async_jobs()
     assert_document_is_sound(app_with(inner).openapi())
-
-
-def test_the_parameters_of_an_include_prefix_are_declared_too(endpoints: AsyncEndpoints) -> None:
-    inner, outer, app = AsyncRouter(endpoints), APIRouter(), FastAPI()
-    inner.async_post("/items/{item:int}", "Elsewhere")
-    outer.include_router(inner, prefix="/shops/{shop}")
-    app.include_router(outer, prefix="/{tenant}")
-    document = app.openapi()
-    assert set(document["paths"]) == {"/{tenant}/shops/{shop}/items/{item}"}
-    assert_document_is_sound(document)

@@ -143,9 +143,22 @@ class TestTheBrokerIsAway:
         # A new worker sweeps at its start.
         deployed.make_due_if_waiting(submitted)
         node = deployed.start_worker("-P", "threads", "-c", "1")
+        deployed.sweep_until_over(submitted)
         assert_ran_once(deployed, submitted)
         assert deployed.finish("Echo")["status"] == "Completed"
         node.teardown()
+
+    def test_the_first_job_after_its_return_goes_out_at_once(self, deployed: Deployment, broker: Broker) -> None:
+        """The connections that were kept are dead, and nobody has to wait for the sweep because of that."""
+        job_id = deployed.submit("Parked")
+        wait_until(lambda: deployed.record(job_id)["dispatched"] != "")
+        broker.leave()
+        broker.come_back()
+        deployed.celery.send_task("probe", queue="parked")  # the queue is there again
+        again = deployed.submit("Parked")
+        wait_until(lambda: deployed.record(again)["dispatched"] != "", 2)
+        for parked in (job_id, again):
+            deployed.http.delete(f"/jobs/{parked}").raise_for_status()
 
 
 class TestAWebProcessThatDies:
@@ -158,8 +171,7 @@ class TestAWebProcessThatDies:
         assert web.wait() == -signal.SIGKILL
         if moment == "before_task_publish":
             assert_in_outbox(deployed, chosen)
-            deployed.make_due(chosen)
-            deployed.sweep()
+            deployed.sweep_until_over(chosen)
         wait_until(lambda: deployed.record(chosen)["status"] == "Completed")
         assert len(deployed.runs(chosen)) == 1
 
@@ -173,8 +185,7 @@ class TestAWebProcessThatDies:
         again = alive.post("/run/EchoSync", json={"text": "last words"}, headers={"X-Async-Request-Id": chosen})
         assert (again.status_code, again.json()["id"]) == (202, chosen)
         deployed.http = alive
-        deployed.make_due_if_waiting(chosen)
-        deployed.sweep()
+        deployed.sweep_until_over(chosen)
         assert_ran_once(deployed, chosen)
 
 
@@ -196,6 +207,5 @@ def test_the_reply_of_the_publication_is_lost(
         web.stop()
     deployed.http = alive
     for submitted in (job_id, later):
-        deployed.make_due_if_waiting(submitted)
-        deployed.sweep()
+        deployed.sweep_until_over(submitted)
         assert_ran_once(deployed, submitted)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import redis
@@ -66,7 +67,7 @@ class TestStamps:
     def test_a_cancel_of_a_waiting_job_is_an_end(self, jobs: Jobs, status: JobStatus) -> None:
         job = jobs.seasoned(status)
         age(jobs, job)
-        assert jobs.run(jobs.operations.cancel(job.id))
+        assert jobs.run(jobs.operations.cancel(job.id, nonce=uuid4().hex))
         assert stamped_now(jobs, job) == {"completed", "updated"}
 
     @pytest.mark.parametrize("script", ["progress", "reschedule", "release", "cancel", "recover"])
@@ -122,14 +123,14 @@ class TestErrorsAndResults:
 
     def test_the_runner_hears_of_a_cancel_with_its_progress(self, jobs: Jobs) -> None:
         job = jobs.running()
-        assert jobs.run(jobs.operations.cancel(job.id)) is False
+        assert jobs.run(jobs.operations.cancel(job.id, nonce=uuid4().hex)) is False
         assert jobs.run(ACTIONS["progress"](jobs, job)) is True
         assert jobs.run(jobs.renew(job)) == ["CANCELING"]
         assert jobs.run(jobs.operations.is_unwanted([(job.id, job.fence)])) == [True]
 
     def test_a_canceling_job_that_is_released_is_canceled(self, jobs: Jobs) -> None:
         job = jobs.running()
-        jobs.run(jobs.operations.cancel(job.id))
+        jobs.run(jobs.operations.cancel(job.id, nonce=uuid4().hex))
         jobs.run(jobs.release(job))
         assert jobs.status(job) is CANCELED
         assert jobs.messages() == 1  # that of the submission
@@ -137,7 +138,7 @@ class TestErrorsAndResults:
 
     def test_a_canceling_job_may_still_complete(self, jobs: Jobs) -> None:
         job = jobs.running()
-        jobs.run(jobs.operations.cancel(job.id))
+        jobs.run(jobs.operations.cancel(job.id, nonce=uuid4().hex))
         assert jobs.run(jobs.operations.complete(job.id, fence=job.fence, result="1"))
         jobs.check(job)
 

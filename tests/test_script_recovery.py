@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from uuid import uuid4
 
 import pytest
 
@@ -65,7 +66,7 @@ class TestTheClock:
 
     def test_one_call_renews_all_jobs_of_a_worker(self, jobs: Jobs) -> None:
         kept, canceling, waiting, stolen, over = jobs.running(), jobs.running(), *(jobs.running() for _ in "123")
-        jobs.run(jobs.operations.cancel(canceling.id))
+        jobs.run(jobs.operations.cancel(canceling.id, nonce=uuid4().hex))
         jobs.run(jobs.release(waiting))
         jobs.run(jobs.release(stolen))
         jobs.claimed(stolen)
@@ -151,7 +152,7 @@ class TestALostWorker:
 
     def test_of_a_job_that_was_to_be_canceled(self, jobs: Jobs) -> None:
         job = jobs.running(max_retries=0)
-        jobs.run(jobs.operations.cancel(job.id))
+        jobs.run(jobs.operations.cancel(job.id, nonce=uuid4().hex))
         jobs.end_lease(job)
         assert jobs.run(jobs.recover(swept(job))) == "CANCELED"
         assert jobs.status(job) is CANCELED
@@ -161,7 +162,7 @@ class TestALostWorker:
 
     def test_a_cancel_does_not_outlive_the_attempt(self, jobs: Jobs) -> None:
         job = jobs.running()
-        jobs.run(jobs.operations.cancel(job.id))
+        jobs.run(jobs.operations.cancel(job.id, nonce=uuid4().hex))
         jobs.run(jobs.operations.canceled(job.id, fence=job.fence))
         jobs.run(jobs.retry(job))
         job = jobs.claimed(job.but(attempt=2))

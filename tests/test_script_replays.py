@@ -30,7 +30,7 @@ def in_state(status: JobStatus, script: str) -> Callable[[Jobs], Call[Any]]:
 def canceling(script: str) -> Callable[[Jobs], Call[Any]]:
     def build(jobs: Jobs) -> Call[Any]:
         job = jobs.seasoned(JobStatus.IN_PROGRESS)
-        jobs.run(jobs.operations.cancel(job.id))
+        jobs.run(jobs.operations.cancel(job.id, nonce=uuid4().hex))
         return ACTIONS[script](jobs, job)
 
     return build
@@ -97,7 +97,7 @@ class TestStepsNobodyWaitsFor:
     def test_release(self, jobs: Jobs, status: JobStatus) -> None:
         job = jobs.seasoned(JobStatus.IN_PROGRESS)
         if status is JobStatus.CANCELED:
-            jobs.run(jobs.operations.cancel(job.id))
+            jobs.run(jobs.operations.cancel(job.id, nonce=uuid4().hex))
         call = jobs.release(job)
         assert jobs.reply(call) == ["OK"]
         before = jobs.dump()

@@ -224,7 +224,7 @@ def make_outcome(kind: str) -> Any:
             return b"\xff\xfe"
         case "large":
             return "x" * 20_000
-        case "system-error-in-str":
+        case "unreadable":
             raise Unreadable
     raise AssertionError(kind)
 
@@ -274,6 +274,16 @@ def short_sync(context: Context) -> str:
     leave_trace(context)
     time.sleep(context.request.seconds)
     return "in time"
+
+
+@endpoints.handler("DeafAsync", timeout_seconds=1, max_retries=0)
+async def deaf_async(context: Context) -> str:
+    """Does not hear that it is canceled."""
+    try:
+        await asyncio.sleep(30)
+    except asyncio.CancelledError:
+        await asyncio.sleep(context.request.seconds)
+    return "too late"
 
 
 @endpoints.handler("Steps")

@@ -1,13 +1,16 @@
 -- cancel: somebody wants the job stopped. A waiting job is Canceled at once, a running one is told.
--- ARGS
+-- ARGS nonce
 -- REPLIES CANCELED | CANCELING | OVER status | NOT_FOUND
 
-local status, canceling = unpack(redis.call('HMGET', JOB, 'status', 'cancel'))
+local status, canceling, asked = unpack(redis.call('HMGET', JOB, 'status', 'cancel', 'nonce'))
 if not status then
   return {'NOT_FOUND'}
 end
+if status == 'Canceled' and asked == nonce then
+  return {'CANCELED'} -- already done by you
+end
 if is_waiting(status) then
-  finish('Canceled')
+  finish('Canceled', 'nonce', nonce)
   return {'CANCELED'}
 end
 if status ~= 'InProgress' then

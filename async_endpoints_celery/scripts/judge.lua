@@ -34,6 +34,8 @@ for n = 3, #KEYS do
   if not status then
     redis.call('ZREM', KEYS[1], id) -- the record was deleted by hand
     replies[n - 2] = 'GONE'
+  elseif status ~= 'Queued' and status ~= 'Scheduled' then
+    replies[n - 2] = 'GONE' -- claimed or canceled since it was found due
   elseif dispatched == '' then
     replies[n - 2] = 'DISPATCH'
   else

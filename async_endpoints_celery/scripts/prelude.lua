@@ -47,8 +47,8 @@ end
 
 -- The job is over: it leaves the indices of the living, and its record gets an end of life.
 local function finish(status, ...)
+  redis.call('HDEL', JOB, 'runner', 'worker', 'deadline', 'cancel', 'copies', 'dispatched', 'nonce')
   change(status, 'completed', text(now), ...)
-  redis.call('HDEL', JOB, 'runner', 'worker', 'deadline', 'cancel', 'copies', 'dispatched')
   redis.call('ZREM', WAITING, id)
   redis.call('ZREM', RUNNING, id)
   local retention = tonumber(redis.call('HGET', JOB, 'retention'))

@@ -16,6 +16,9 @@ local expired = lease and tonumber(lease) <= now
 if status ~= 'InProgress' or not (holder == runner or (runner == '' and expired)) then
   return {'NOT_LOST'}
 end
+if tonumber(retries) < math.min(tonumber(limit), tonumber(recovery_limit)) and not canceling then
+  dispatch(FIRST_COMMAND)
+end
 -- Whatever the old runner still sends is refused from here on.
 redis.call('HINCRBY', JOB, 'fence', 1)
 if canceling then
@@ -31,5 +34,4 @@ redis.call('HINCRBY', JOB, 'retries', 1)
 -- When the worker itself tells, the message goes back to its queue without a command of ours.
 wait('Queued', now + tonumber(dispatch_after_ms), returns == '1' and text(now) or dispatch_time(FIRST_COMMAND),
   'error', failure)
-dispatch(FIRST_COMMAND)
 return {'QUEUED'}

@@ -16,6 +16,7 @@ local expected = text(tonumber(copies or '0') + (is_first and 0 or 1))
 if not is_waiting(status) or current ~= attempt or copy ~= expected or not due or tonumber(due) > now then
   return {'NOT_DUE'}
 end
+dispatch(FIRST_COMMAND)
 -- A first message that is not sent in this step stays in the outbox until the broker confirmed it.
 redis.call('HSET', JOB, 'copies', copy, 'dispatched', is_first and dispatch_time(FIRST_COMMAND) or text(now))
 if status == 'Scheduled' then
@@ -23,5 +24,4 @@ if status == 'Scheduled' then
 end
 local after = math.min(tonumber(dispatch_after_ms) * 2 ^ math.min(tonumber(copy), 40), tonumber(max_after_ms))
 redis.call('ZADD', WAITING, text(now + after), id)
-dispatch(FIRST_COMMAND)
 return {'OK'}

@@ -13,9 +13,9 @@ end
 if status ~= 'InProgress' or current ~= fence then
   return {'NOT_YOURS', status}
 end
+dispatch(FIRST_COMMAND)
 redis.call('HINCRBY', JOB, 'attempt', 1)
 redis.call('HINCRBY', JOB, 'retries', 1)
 local delay = tonumber(delay_ms)
 wait('Scheduled', now + delay + tonumber(dispatch_after_ms), dispatch_time(FIRST_COMMAND, delay), 'error', failure)
-dispatch(FIRST_COMMAND)
 return {'OK'}

@@ -3,7 +3,7 @@
 -- DISPATCHES
 -- REPLIES SUBMITTED now | REPLAYED record | CONFLICT | FULL waiting
 
-local known = redis.call('HMGET', JOB, 'name', 'owner', 'fingerprint', 'runner')
+local known = redis.call('HMGET', JOB, 'name', 'owner', 'fingerprint', 'nonce')
 if known[1] then
   if known[4] == nonce then
     return {'SUBMITTED', redis.call('HGET', JOB, 'created')} -- the client library sent it twice
@@ -21,15 +21,15 @@ if queue_limit ~= '' then
   end
 end
 
+-- First, for it is the one command that can fail (a key of another type): then nothing is stored either.
+dispatch(FIRST_COMMAND)
 local delay = tonumber(delay_ms)
 redis.call('HSET', JOB, 'name', name, 'created', text(now), 'attempt', '1', 'fence', '0', 'retries', '0',
-  'max_retries', max_retries, 'retention', retention_ms, 'fingerprint', fingerprint)
+  'max_retries', max_retries, 'retention', retention_ms, 'fingerprint', fingerprint, 'nonce', nonce)
 if owner ~= '' then
   redis.call('HSET', JOB, 'owner', owner)
 end
 redis.call('SET', REQUEST, request)
 redis.call('ZADD', JOBS, text(now), id)
 wait(delay > 0 and 'Scheduled' or 'Queued', now + delay + tonumber(dispatch_after_ms), dispatch_time(FIRST_COMMAND, delay))
-redis.call('HSET', JOB, 'runner', nonce)
-dispatch(FIRST_COMMAND)
 return {'SUBMITTED', text(now)}
