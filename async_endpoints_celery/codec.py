@@ -52,7 +52,7 @@ class CapturedRequest:
         """Raises ValueError when `text` is not what `encode` makes."""
         try:
             fields = _Captured.model_validate(json.loads(text))
-        except (ValueError, RecursionError):
+        except (TypeError, ValueError, RecursionError):
             # Without its reasons: they quote what the client sent.
             raise ValueError("the captured request is not readable") from None
         return cls(fields.payload, tuple(fields.headers), fields.routeParams, fields.query, fields.byName)
