@@ -33,10 +33,13 @@ from async_endpoints_celery.keys import Keys
 from async_endpoints_celery.listing import JobListing, JobPage, check_limit, job_filter
 from async_endpoints_celery.operations import Operations
 from async_endpoints_celery.responses import RequestRefused, ResponseFactories
+from async_endpoints_celery.runtime import WorkerRuntime
+from async_endpoints_celery.servers import Server, StoreLike, open_server
 from async_endpoints_celery.settings import Settings
-from async_endpoints_celery.store import AsyncStore, Server, StoreLike, SyncStore, open_server
+from async_endpoints_celery.store import AsyncStore, SyncStore
 from async_endpoints_celery.submission import Accepted, Submitter
-from async_endpoints_celery.tasks import WorkerRuntime, join_worker, register_sweep, register_task
+from async_endpoints_celery.sync import SyncEndpoints
+from async_endpoints_celery.tasks import join_worker, register_sweep, register_task
 from async_endpoints_celery.waiting import Waiter
 
 #: Seconds a worker goes on trying to write what became of a job.
@@ -151,7 +154,7 @@ class AsyncEndpoints:
     @cached_property
     def sync(self) -> SyncEndpoints:
         """The same operations for code without an event loop: scripts, Django views, Celery tasks."""
-        return SyncEndpoints(self, SyncDriver(self._sync_store, self.dispatcher))
+        return SyncEndpoints(self.intake, self.submitter, SyncDriver(self._sync_store, self.dispatcher))
 
     # Handlers.
 
@@ -383,58 +386,6 @@ class AsyncEndpoints:
         """Close the connections of this process's threads."""
         self._sync_store.close()
         self.dispatcher.close()
-
-
-class SyncEndpoints:
-    """The synchronous twins of `AsyncEndpoints`' operations: same arguments, same errors."""
-
-    def __init__(self, endpoints: AsyncEndpoints, driver: SyncDriver) -> None:
-        self._endpoints = endpoints
-        self._driver = driver
-
-    def submit(
-        self,
-        name: str,
-        request: Any = None,
-        *,
-        headers: HeadersLike | None = None,
-        route_params: Mapping[str, Any] | None = None,
-        query_params: QueryLike | None = None,
-        job_id: UUID | str | None = None,
-        owner: str | None = None,
-        delay_seconds: float | None = None,
-    ) -> Job:
-        submission = self._endpoints.intake.from_python(
-            name,
-            request,
-            headers=headers,
-            route_params=route_params,
-            query_params=query_params,
-            job_id=job_id,
-            owner=owner,
-            delay_seconds=delay_seconds,
-        )
-        return self._driver.run(self._endpoints.submitter.submit(submission)).job
-
-    def get_job(self, job_id: UUID | str) -> Job | None:
-        return self._driver.run(self._endpoints.submitter.get(as_uuid(job_id)))
-
-    def cancel_job(self, job_id: UUID | str) -> Job:
-        return self._driver.run(self._endpoints.submitter.cancel(as_uuid(job_id)))
-
-    def retry_job(self, job_id: UUID | str) -> Job:
-        return self._driver.run(self._endpoints.submitter.retry(as_uuid(job_id)))
-
-    def list_jobs(
-        self,
-        status: JobStatus | str | None = None,
-        name: str | None = None,
-        limit: int = 50,
-        cursor: str | None = None,
-    ) -> JobPage:
-        matches = job_filter(status, name)
-        check_limit(limit)
-        return JobPage.of(self._driver.run(self._endpoints.submitter.page(matches, limit, cursor)))
 
 
 def _check_broker_is_redis(url: str | None) -> None:

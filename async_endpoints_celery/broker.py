@@ -22,8 +22,8 @@ from kombu.transport import redis as kombu_redis
 from kombu.transport.virtual import BrokerState
 
 from async_endpoints_celery.errors import ConfigurationError, StoreUnavailable
-from async_endpoints_celery.operations import Command, Publication
-from async_endpoints_celery.store import RedisServer
+from async_endpoints_celery.scripting import Command, Publication
+from async_endpoints_celery.servers import RedisServer
 
 logger = logging.getLogger("async_endpoints_celery")
 

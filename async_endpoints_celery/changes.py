@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 
 from async_endpoints_celery.errors import StoreUnavailable
 from async_endpoints_celery.keys import Keys
-from async_endpoints_celery.store import ANSWER_WITHIN, Server, Subscription
+from async_endpoints_celery.servers import ANSWER_WITHIN, Server, Subscription
 
 logger = logging.getLogger("async_endpoints_celery")
 

@@ -24,9 +24,10 @@ from celery import Celery
 from async_endpoints_celery.broker import PUBLISH_WITHIN, Publisher, Sendable, broker_server
 from async_endpoints_celery.codec import milliseconds
 from async_endpoints_celery.errors import ConfigurationError, StoreUnavailable
-from async_endpoints_celery.operations import Publication, StoredRequest
+from async_endpoints_celery.operations import StoredRequest
+from async_endpoints_celery.scripting import Publication
+from async_endpoints_celery.servers import Server
 from async_endpoints_celery.settings import Settings
-from async_endpoints_celery.store import Server
 
 R = TypeVar("R")
 

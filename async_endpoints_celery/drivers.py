@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from async_endpoints_celery.dispatch import Capture, Dispatcher, Publish
-from async_endpoints_celery.operations import Call, Query
+from async_endpoints_celery.scripting import Call, Query
 from async_endpoints_celery.store import AsyncStore, SyncStore
 
 R = TypeVar("R")

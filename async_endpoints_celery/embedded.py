@@ -16,8 +16,8 @@ from celery.worker import WorkController
 
 from async_endpoints_celery.drivers import AsyncDriver
 from async_endpoints_celery.errors import StoreUnavailable
+from async_endpoints_celery.runtime import WorkerRuntime
 from async_endpoints_celery.settings import Settings
-from async_endpoints_celery.tasks import WorkerRuntime
 
 logger = logging.getLogger("async_endpoints_celery")
 

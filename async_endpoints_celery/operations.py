@@ -1,24 +1,20 @@
 """What can be done to jobs in Redis: each operation as a call of one script, without any I/O.
 
-An operation is a `Call`: script, keys, arguments and how to read the reply. The two drivers in store.py run the same
-calls, one from an event loop, one from a thread. A script names its arguments in its header; what the header says is
-what is sent.
+An operation is a `Call` (scripting.py): script, keys, arguments and how to read the reply. The two drivers in store.py
+run the same calls, one from an event loop, one from a thread.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from async_endpoints_celery.codec import decode_record
-from async_endpoints_celery.errors import AsyncEndpointsError, JobConflict, JobNotFound, QueueFull
+from async_endpoints_celery.errors import JobConflict, JobNotFound, QueueFull
 from async_endpoints_celery.jobs import Job, JobStatus
 from async_endpoints_celery.keys import Keys
+from async_endpoints_celery.scripting import Call, Publication, Query, Script, pairs, scored, unexpected
 
 R = TypeVar("R")
 
@@ -27,64 +23,6 @@ R = TypeVar("R")
 ROUND_SECONDS = 0.5
 #: Copies of a waiting job's message never come later than this after each other, in milliseconds.
 MAX_REDISPATCH_MS = 24 * 3600 * 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One command of a publication, as kombu hands it over: ("lpush", queue, message)."""
-
-    name: str
-    key: str
-    args: tuple[str | bytes | int, ...]
-
-
-#: The commands that put one Celery message into the broker; empty when the broker is not the store's Redis.
-Publication = tuple[Command, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A Lua script, its SHA-1 and, for those that move one job, the names of its arguments."""
-
-    name: str
-    source: str
-    sha: str
-    arguments: tuple[str, ...]
-
-    @staticmethod
-    @cache
-    def load(name: str) -> Script:
-        folder = files("async_endpoints_celery") / "scripts"
-        body = (folder / f"{name}.lua").read_text()
-        header = re.search(r"^-- ARGS(.*)$", body, re.MULTILINE)
-        arguments = tuple(header[1].split()) if header else ()
-        if header:
-            body = (folder / "prelude.lua").read_text() + _bind(arguments) + body
-        return Script(name, body, hashlib.sha1(body.encode()).hexdigest(), arguments)
-
-
-def _bind(arguments: tuple[str, ...]) -> str:
-    values = ", ".join(f"ARGV[{n}]" for n in range(3, len(arguments) + 3))
-    names = f"local {', '.join(arguments)} = {values}\n" if arguments else ""
-    return f"{names}local FIRST_COMMAND = {len(arguments) + 3}\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Call(Generic[R]):
-    """One round trip: run `script` and read its reply."""
-
-    script: Script
-    keys: Sequence[str]
-    args: Sequence[str | bytes | int]
-    read: Callable[[Any], R]
-
-
-@dataclass(frozen=True, slots=True)
-class Query(Generic[R]):
-    """One round trip: plain commands, sent together, and how to read their replies."""
-
-    commands: Sequence[tuple[str | int, ...]]
-    read: Callable[[list[Any]], R]
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +268,7 @@ class Operations:
 
         return Query(
             [("ZREVRANGEBYSCORE", self.keys.jobs, before, "-inf", "WITHSCORES", "LIMIT", skip, count)],
-            lambda replies: _scored(replies[0]),
+            lambda replies: scored(replies[0]),
         )
 
     def is_unwanted(self, attempts: Sequence[tuple[str, str]]) -> Query[list[bool]]:
@@ -497,13 +435,6 @@ class Operations:
         return Call(Script.load("prune"), [self.keys.ended, self.keys.jobs, self.keys.sweep], [batch], int)
 
 
-def pairs(fields: Sequence[str] | Mapping[str, str]) -> Mapping[str, str]:
-    """HGETALL as a mapping: a script hands on the flat list of RESP2, a client may have made a dict of it."""
-    if isinstance(fields, Mapping):
-        return fields
-    return dict(zip(fields[::2], fields[1::2], strict=True))
-
-
 def _stored_request(job_id: str, record: Sequence[str | None], request: str | None) -> StoredRequest | None:
     name, status, attempt, retries, copies, dispatched = record
     if name is None or status is None or attempt is None or retries is None:
@@ -512,18 +443,8 @@ def _stored_request(job_id: str, record: Sequence[str | None], request: str | No
     return StoredRequest(job_id, name, JobStatus.parse(status), int(attempt), int(retries), next_copy, request or "")
 
 
-def _scored(reply: Sequence[Any]) -> list[tuple[str, str]]:
-    """ZRANGE … WITHSCORES, flat as RESP2 has it or in pairs as RESP3 does."""
-    flat = [value for entry in reply for value in (entry if isinstance(entry, (list, tuple)) else (entry,))]
-    return [(member, f"{float(score):.0f}") for member, score in zip(flat[::2], flat[1::2], strict=True)]
-
-
 def not_retryable(job_id: str, status: str) -> JobConflict:
     return JobConflict(f"job {job_id} is {status}: only Failed and Canceled jobs can be retried", job_id=job_id)
-
-
-def unexpected(script: str, reply: Any) -> AsyncEndpointsError:
-    return AsyncEndpointsError(f"script {script}.lua gave an unexpected reply: {reply!r}")
 
 
 def _accepted(reply: Any) -> bool:

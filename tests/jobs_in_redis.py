@@ -17,8 +17,10 @@ import pytest
 
 from async_endpoints_celery.jobs import Job, JobStatus
 from async_endpoints_celery.keys import Keys
-from async_endpoints_celery.operations import Call, Claimed, Command, Operations, Publication, Query, Refused, Script
-from async_endpoints_celery.store import MemoryServer, RedisServer, Server, SyncStore
+from async_endpoints_celery.operations import Claimed, Operations, Refused
+from async_endpoints_celery.scripting import Call, Command, Publication, Query, Script
+from async_endpoints_celery.servers import MemoryServer, RedisServer, Server
+from async_endpoints_celery.store import SyncStore
 
 R = TypeVar("R")
 

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from async_endpoints_celery.errors import JobConflict, QueueFull
 from async_endpoints_celery.jobs import TRANSITIONS, JobStatus
 from async_endpoints_celery.operations import Claimed, Refused
-from async_endpoints_celery.store import MemoryServer, RedisServer, Server
+from async_endpoints_celery.servers import MemoryServer, RedisServer, Server
 from tests.job_model import (
     CANCELED,
     COMPLETED,

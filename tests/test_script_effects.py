@@ -8,7 +8,8 @@ import pytest
 import redis
 
 from async_endpoints_celery.jobs import JobStatus
-from async_endpoints_celery.operations import Claimed, Command
+from async_endpoints_celery.operations import Claimed
+from async_endpoints_celery.scripting import Command
 from tests.jobs_in_redis import (
     ACTIONS,
     FAILURE,

@@ -9,7 +9,7 @@ import pytest
 
 from async_endpoints_celery import operations
 from async_endpoints_celery.keys import Keys
-from async_endpoints_celery.operations import Script
+from async_endpoints_celery.scripting import Script
 from tests.jobs_in_redis import dispatches
 
 FOLDER = files("async_endpoints_celery") / "scripts"

@@ -10,7 +10,8 @@ from uuid import uuid4
 import pytest
 
 from async_endpoints_celery.jobs import JobStatus
-from async_endpoints_celery.operations import Call, Refused
+from async_endpoints_celery.operations import Refused
+from async_endpoints_celery.scripting import Call
 from tests.jobs_in_redis import ACTIONS, STORES, Jobs, Known, jobs_in
 
 
