@@ -325,9 +325,65 @@ async def gate_async(context: Context) -> int:
     return context.retry_count
 
 
-def wait_at_gate(context: Context) -> None:
-    while not traces().get(f"test:gate:{context.job_id}"):
+def wait_at_gate(context: Context, gate: str = "") -> None:
+    while not traces().get(f"test:gate:{context.job_id}{gate}"):
         time.sleep(0.02)
+
+
+@endpoints.handler("Turns", queue="parked", retry_delay_base_seconds=0)
+def turns(context: Context) -> int:
+    """Each attempt has a gate of its own."""
+    leave_trace(context)
+    wait_at_gate(context, f":{context.retry_count}")
+    context.report_progress(90, f"attempt {context.retry_count}")
+    return context.retry_count
+
+
+@endpoints.handler("Span", retry_delay_base_seconds=0)
+def span(context: Context) -> int:
+    """Leaves a trace at both ends."""
+    traces().rpush(f"test:spans:{context.job_id}", "start")
+    time.sleep(context.request.seconds)
+    traces().rpush(f"test:spans:{context.job_id}", "end")
+    return context.retry_count
+
+
+# Cancel.
+
+
+def leave_moment(context: Context) -> None:
+    """This handler heard that it shall stop, now."""
+    traces().rpush(f"test:stopped:{context.job_id}", time.time())
+
+
+@endpoints.handler("Cancelable")
+async def cancelable(context: Context) -> None:
+    leave_trace(context)
+    try:
+        if context.retry_count == 0 and not traces().get(f"test:gate:{context.job_id}"):
+            await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        leave_moment(context)
+        raise
+
+
+@endpoints.handler("Attentive")
+def attentive(context: Context) -> None:
+    leave_trace(context)
+    while not context.cancellation_requested():
+        time.sleep(0.02)
+    leave_moment(context)
+    context.raise_if_canceled()
+
+
+@endpoints.handler("DeafSync")
+def deaf_sync(context: Context) -> None:
+    """Never asks whether it shall stop."""
+    leave_trace(context)
+    try:
+        time.sleep(60)
+    finally:
+        leave_moment(context)
 
 
 @endpoints.handler("HoldGil")
