@@ -84,6 +84,11 @@ class WorkerRuntime:
     def watch(self) -> CancelWatch:
         return CancelWatch(self.driver.store, self.operations)
 
+    def prepare(self) -> None:
+        """Make all of it now. Pool processes are forked at any time, and one that inherits a half-made part (with the
+        lock of whoever was making it) would wait for ever."""
+        _ = self.impatient_driver, self.executor, self.sweeper, self.keeper, self.watch
+
     # One attempt, in the pool.
 
     def run(self, delivery: Delivery, *, keep_lease: bool) -> tuple[Outcome, Ending] | Refused:

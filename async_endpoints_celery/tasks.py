@@ -233,6 +233,7 @@ def join_worker(celery: Celery, runtime: WorkerRuntime) -> None:
             logging.getLogger("celery.worker.consumer.consumer").addFilter(HiddenBodies(runtime.settings.task_prefix))
 
         def start(self, parent: Any) -> None:
+            runtime.prepare()
             runtime.keeper.start()
             maintain_pool = getattr(parent.pool, "maintain_pool", None)
             if parent.hub is not None and maintain_pool is not None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from async_endpoints_celery.codec import encode_progress
 from async_endpoints_celery.context import DONE, AsyncContext, JobCanceled
-from async_endpoints_celery.errors import AsyncEndpointsError, JobFailed, StoreUnavailable
+from async_endpoints_celery.errors import JobFailed, StoreUnavailable
 from async_endpoints_celery.execution import JobTimedOut
 from async_endpoints_celery.handlers import RegisteredHandler
 from async_endpoints_celery.operations import Operations
@@ -159,11 +159,15 @@ class CancelWatch:
             query = self._operations.is_unwanted([(a.job_id, a.fence) for a in attempts])
             try:
                 unwanted = await loop.run_in_executor(None, self._store.run, query)
-            except AsyncEndpointsError:
+            except StoreUnavailable:
+                continue  # not knowing is no reason to stop
+            except Exception:
+                logger.exception("cannot look for canceled jobs, trying again")
                 continue
             for attempt, stop in zip(attempts, unwanted, strict=True):
-                task = self._running.get(attempt)
-                if stop and task is not None:
+                # Once: a second CancelledError would fall into the handler's cleaning up.
+                task = self._running.pop(attempt, None) if stop else None
+                if task is not None:
                     attempt.cancel()
                     task.cancel()
 
