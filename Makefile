@@ -31,7 +31,7 @@ define package
 	@touch $@
 endef
 
-.PHONY: help setup demo test test-lowest lint format typecheck arch check lock clean
+.PHONY: help setup demo test test-lowest chaos lint format typecheck arch check lock clean
 
 help: ## List the targets
 	@echo "make <target>:"
@@ -60,6 +60,9 @@ test: setup ## Run the tests; they start their own servers (ARGS="-k lease -n0")
 
 test-lowest: $(LOWEST)/.installed ## Run the tests with the lowest versions that pyproject.toml allows
 	@$(LOWEST)/bin/python -m pytest $(ARGS)
+
+chaos: setup ## Kill processes and servers at random, and count what was lost (ARGS="--seed 7 --jobs 500")
+	@$(BIN)/python -m chaos $(ARGS)
 
 lint: setup ## Check style and formatting
 	@$(BIN)/ruff check .

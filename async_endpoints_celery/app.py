@@ -97,7 +97,7 @@ class AsyncEndpoints:
             _check_broker_is_redis(broker)
         else:
             _ = self.server
-        _claim_prefix(celery, self.settings.task_prefix)
+        _claim_prefixes(celery, self.settings)
         self.runtime = WorkerRuntime(celery, self.settings, self.registry, self.operations, self._worker_driver)
         register_sweep(celery, self.runtime)
         join_worker(celery, self.runtime)
@@ -390,6 +390,11 @@ class AsyncEndpoints:
 
 def _check_broker_is_redis(url: str | None) -> None:
     """None: not known yet."""
+    if url is not None and ";" in url:
+        raise ConfigurationError(
+            "the Celery app has several brokers: say which server keeps the job records, for instance"
+            ' AsyncEndpoints(celery_app, store="redis://localhost:6379/0")'
+        )
     if url is None or url.split("://")[0] in {"redis", "rediss", "redis+socket", "valkey", "valkeys"}:
         return
     scheme = url.split("://")[0] or "none"
@@ -400,11 +405,13 @@ def _check_broker_is_redis(url: str | None) -> None:
     )
 
 
-def _claim_prefix(celery: Celery, prefix: str) -> None:
-    prefixes = _bound.setdefault(celery, set())
-    if prefix in prefixes:
+def _claim_prefixes(celery: Celery, settings: Settings) -> None:
+    """Two AsyncEndpoints on one app share nothing: neither task names nor records."""
+    mine = {f"task_prefix {settings.task_prefix!r}", f"key_prefix {settings.key_prefix!r}"}
+    taken = _bound.setdefault(celery, set())
+    if mine & taken:
         raise ConfigurationError(
-            f"this Celery app has an AsyncEndpoints with task_prefix {prefix!r} already: use that one, or give each its"
-            " own task_prefix and key_prefix"
+            f"this Celery app has an AsyncEndpoints with {' and '.join(sorted(mine & taken))} already: use that one, or"
+            " give each its own task_prefix and key_prefix"
         )
-    prefixes.add(prefix)
+    taken |= mine

@@ -21,14 +21,19 @@ from async_endpoints_celery.responses import RequestRefused
 class JobRequest(Request):
     """A request whose body was read and parsed by `receive_json`."""
 
+    _job_body: bytes | None = None
+    _job_json: Any = None
+
     async def body(self) -> bytes:
-        return self._job_body
+        return await super().body() if self._job_body is None else self._job_body
 
     async def json(self) -> Any:
-        return self._job_json
+        return await super().json() if self._job_body is None else self._job_json
 
-    _job_body: bytes = b""
-    _job_json: Any = None
+    @property
+    def text(self) -> str | None:
+        """The body as it was sent; None for a job without one."""
+        return None if self._job_body is None else self._job_body.decode()
 
 
 async def receive_json(request: JobRequest, limit: int) -> None:
@@ -89,14 +94,63 @@ def parse_json(body: bytes) -> Any:
 # The body in the signatures of FastAPI's dependencies.
 
 
-def body_dependency(model: Any) -> Callable[..., Any]:
-    """A dependency that is the validated body. Whoever depends on it shares one body parameter, never embedded."""
+def bind_body(validate: Callable[..., Any] | None, model: Any) -> tuple[Callable[..., Any] | None, Callable[..., Any]]:
+    """`validate` and a dependency that is the validated body, sharing one body parameter that is never embedded.
 
-    def validated_body(body: Any) -> Any:
-        return body
+    FastAPI counts body parameters by name. Where `validate` and its sub-dependencies use one name, ours takes it too
+    and they stay as they are (and can be overridden); where they use several, all are bound to ours.
+    """
+    names = _body_names(validate, model, set()) if validate is not None else set()
+    dependency = _body_dependency(model, min(names, default="body"))
+    if validate is not None and len(names) > 1:
+        validate = share_body(validate, model, dependency)
+    return validate, dependency
 
-    validated_body.__annotations__ = {"body": Annotated[model, Body(embed=False)]}
+
+def _body_dependency(model: Any, name: str) -> Callable[..., Any]:
+    def validated_body(**body: Any) -> Any:
+        return body[name]
+
+    annotation = Annotated[model, Body(embed=False)]
+    parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+    validated_body.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
     return validated_body
+
+
+def _body_names(call: Callable[..., Any], model: Any, seen: set[Any]) -> set[str]:
+    """What the body is called by this dependency and those below it."""
+    if call in seen:
+        return set()
+    seen.add(call)
+    names = set()
+    for parameter in _declared(call):
+        plain, found = _plain_and_depends(parameter)
+        if found is None and plain == model:
+            names.add(parameter.name)
+        target = (found.dependency or plain) if found is not None else None
+        if callable(target):
+            names |= _body_names(target, model, seen)
+    return names
+
+
+def _declared(call: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        signature = inspect.signature(call)
+    except (TypeError, ValueError):
+        return []
+    hints = _hints(call)
+    return [p.replace(annotation=hints.get(name, p.annotation)) for name, p in signature.parameters.items()]
+
+
+def _plain_and_depends(parameter: inspect.Parameter) -> tuple[Any, DependsParam | None]:
+    """The type of a parameter without its metadata, and the dependency that it is, if it is one."""
+    plain, found = parameter.annotation, None
+    if get_origin(plain) is Annotated:
+        plain, *extras = get_args(plain)
+        found = next((extra for extra in extras if isinstance(extra, DependsParam)), None)
+    if isinstance(parameter.default, DependsParam):
+        found = parameter.default
+    return plain, found
 
 
 def share_body(
@@ -112,12 +166,7 @@ def share_body(
     seen = {} if seen is None else seen
     if call in seen:
         return seen[call]
-    try:
-        signature = inspect.signature(call)
-    except (TypeError, ValueError):
-        return call
-    hints = _hints(call)
-    declared = [p.replace(annotation=hints.get(name, p.annotation)) for name, p in signature.parameters.items()]
+    declared = _declared(call)
     parameters = [_shared(parameter, model, dependency, seen) for parameter in declared]
     if parameters == declared:
         seen[call] = call
@@ -129,7 +178,7 @@ def share_body(
 
     # FastAPI calls by name, and keyword-only parameters may have their defaults in any order.
     keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    shared.__signature__ = signature.replace(parameters=keyword_only)  # type: ignore[attr-defined]
+    shared.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
     seen[call] = shared
     return shared
 
@@ -137,14 +186,7 @@ def share_body(
 def _shared(
     parameter: inspect.Parameter, model: Any, dependency: Callable[..., Any], seen: dict[Any, Callable[..., Any]]
 ) -> inspect.Parameter:
-    annotation, depends = parameter.annotation, parameter.default
-    if get_origin(annotation) is Annotated:
-        plain, *extras = get_args(annotation)
-        found = next((extra for extra in extras if isinstance(extra, DependsParam)), None)
-    else:
-        plain, found = annotation, None
-    if isinstance(depends, DependsParam):
-        found = depends
+    plain, found = _plain_and_depends(parameter)
     if found is None:
         if plain != model:
             return parameter

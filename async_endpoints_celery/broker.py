@@ -44,6 +44,11 @@ class Publisher:
     """The connections, threads and producers of one process; never used across a fork."""
 
     def __init__(self, celery: Celery) -> None:
+        if celery.conf.task_protocol != 2:
+            raise ConfigurationError(
+                f"task_protocol is {celery.conf.task_protocol}: job messages need 2, Celery's default, whose events do"
+                " not show the arguments"
+            )
         self.pid = os.getpid()
         self.celery = celery
         self.builders = ThreadPoolExecutor(1, thread_name_prefix="async-endpoints-build")
@@ -82,9 +87,13 @@ class Publisher:
         if sendable.task_name not in self._settled or not self._lock.acquire(blocking=False):
             return None
         try:
-            return self._build(sendable, may_block=False)
+            with broker_errors():
+                return self._build(sendable, may_block=False)
         except _WouldBlock:
             return None  # a router chose a queue not seen before
+        except Exception:
+            self._forget_producer()
+            raise
         finally:
             self._lock.release()
 
@@ -117,8 +126,10 @@ class Publisher:
     def publish(self, sendable: Sendable) -> bool:
         """Publish for real; False when the broker did not confirm it."""
         while True:
-            kept = bool(self._idle)
-            connection = self._idle.pop() if kept else self._open_connection()
+            try:
+                connection, kept = self._idle.pop(), True
+            except IndexError:
+                connection, kept = self._open_connection(), False
             try:
                 producer = self.celery.amqp.Producer(connection.default_channel, auto_declare=False)
                 _send(self.celery, sendable, producer)
@@ -282,7 +293,7 @@ def early_broker_url(celery: Celery) -> str | None:
     that follow.
     """
     if celery.configured:
-        return str(celery.conf.broker_write_url)
+        return _one_url(celery.conf.broker_write_url)
     pending = celery._preconf
     url = (
         os.environ.get("CELERY_BROKER_WRITE_URL")
@@ -291,14 +302,19 @@ def early_broker_url(celery: Celery) -> str | None:
         or pending.get("broker_url")
     )
     if url:
-        return str(url)
+        return _one_url(url)
     return None if celery._config_source else "amqp://"  # Celery's default
+
+
+def _one_url(url: Any) -> str:
+    """Celery takes lists too; several brokers are told by their separator."""
+    return ";".join(map(str, url)) if isinstance(url, (list, tuple)) else str(url)
 
 
 def broker_server(celery: Celery) -> RedisServer | None:
     """The broker as a server for the store, or None when it is no (single) Redis."""
-    url = celery.conf.broker_write_url
-    if not isinstance(url, str) or ";" in url:
+    url = _one_url(celery.conf.broker_write_url)
+    if ";" in url:
         return None
     return _broker_server(url, _tls_options(celery))
 

@@ -81,40 +81,44 @@ class Changes:
 
 
 class _Feed:
-    """The subscription of one event loop: opened for the first watch, and kept."""
+    """The subscription of one event loop. Its reader owns the connection: makes it, and after a loss makes it anew."""
 
     def __init__(self, subscribe: Callable[[], Subscription], home: str) -> None:
         self.pid = os.getpid()
+        self._subscribe = subscribe
         # A channel of its own, on which nobody speaks: a subscription to none could not be read.
         self._home = home
-        self._subscribe = subscribe
         self._watches: dict[str, set[Watch]] = {}
         self._confirmed: dict[str, asyncio.Event] = {}
+        # Connected, and so open to further channels; None while there is no connection.
         self._subscription: Subscription | None = None
+        self._subscribing = asyncio.Lock()
         self._reading: asyncio.Task[None] | None = None
 
     async def add(self, channel: str) -> Watch:
         watch = Watch()
-        watches = self._watches.setdefault(channel, set())
-        watches.add(watch)
+        self._watches.setdefault(channel, set()).add(watch)
         confirmed = self._confirmed.setdefault(channel, asyncio.Event())
         try:
             async with asyncio.timeout(ANSWER_WITHIN):
-                if len(watches) == 1:
-                    await self._open(channel)
-                await confirmed.wait()
+                if self._reading is None:
+                    self._reading = asyncio.create_task(self._read())
+                if not confirmed.is_set():
+                    await self._subscribe_to(channel)
+                    await confirmed.wait()
         except (TimeoutError, StoreUnavailable) as error:
             await self.remove(channel, watch)
             raise StoreUnavailable("Redis did not confirm the subscription") from error
+        except asyncio.CancelledError:
+            await self.remove(channel, watch)
+            raise
         return watch
 
-    async def _open(self, channel: str) -> None:
-        if self._subscription is None:
-            self._subscription = self._subscribe()
-            await self._subscription.subscribe(self._home, channel)
-            self._reading = asyncio.create_task(self._read(self._subscription))
-        else:
-            await self._subscription.subscribe(channel)
+    async def _subscribe_to(self, channel: str) -> None:
+        """Where there is no connection yet, the reader subscribes to everything once it has made one."""
+        async with self._subscribing:
+            if self._subscription is not None:
+                await self._subscription.subscribe(channel)
 
     async def remove(self, channel: str, watch: Watch) -> None:
         watches = self._watches.get(channel)
@@ -125,24 +129,30 @@ class _Feed:
             return
         del self._watches[channel]
         self._confirmed.pop(channel, None)
-        if self._subscription is not None:
-            with contextlib.suppress(StoreUnavailable):
-                await self._subscription.unsubscribe(channel)
+        with contextlib.suppress(StoreUnavailable):
+            async with self._subscribing:
+                if self._subscription is not None and channel not in self._watches:
+                    await self._subscription.unsubscribe(channel)
 
-    async def _read(self, subscription: Subscription) -> None:
-        """Hand on what comes, and subscribe anew after every loss."""
+    async def _read(self) -> None:
+        """Connect, hand on what comes, and begin again after every loss."""
         while True:
+            subscription = self._subscribe()
             try:
+                async with self._subscribing:
+                    await subscription.subscribe(self._home, *self._watches)
+                    self._subscription = subscription
+                for watches in list(self._watches.values()):
+                    for watch in watches:
+                        watch.tell()  # nobody knows what was missed
                 async for kind, channel in subscription.messages():
                     self._handle(kind, channel)
-            except StoreUnavailable as error:
+            except Exception as error:  # this task must not end: every waiting client depends on it
                 logger.warning("the subscription to changes was lost, trying again: %s", error)
+            finally:
+                self._subscription = None
+                await subscription.close()
             await asyncio.sleep(RECONNECT_SECONDS)
-            with contextlib.suppress(StoreUnavailable):
-                await subscription.reopen([self._home, *self._watches])
-                for watches in self._watches.values():
-                    for watch in watches:
-                        watch.tell()
 
     def _handle(self, kind: str, channel: str) -> None:
         if kind == "subscribe":
@@ -154,11 +164,8 @@ class _Feed:
                 watch.tell()
 
     async def close(self) -> None:
-        reading, subscription = self._reading, self._subscription
-        self._reading = self._subscription = None
+        reading, self._reading = self._reading, None
         if reading is not None:
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
-        if subscription is not None:
-            await subscription.close()

@@ -142,9 +142,11 @@ class Dispatcher:
     # Performing the two steps, from a thread and from an event loop.
 
     def capture(self, message: Message) -> Publication:
+        self._check_eager(message)
         return self.publisher.capture(self._sendable(message)) if self._is_captured(message) else ()
 
     async def capture_async(self, message: Message) -> Publication:
+        self._check_eager(message)
         if not self._is_captured(message):
             return ()
         publisher, sendable = self.publisher, self._sendable(message)
@@ -196,12 +198,15 @@ class Dispatcher:
         sendable.options["confirm_timeout"] = PUBLISH_WITHIN
         return sendable
 
-    def _apply(self, message: Message) -> None:
-        task = self.celery.tasks.get(self.task_name(message.name))
-        if task is None:
+    def _check_eager(self, message: Message) -> None:
+        """Before anything is stored."""
+        if self.mode is Mode.EAGER and self.task_name(message.name) not in self.celery.tasks:
             raise ConfigurationError(
                 f"task_always_eager runs jobs in this process, and it has no handler {message.name!r}"
             )
+
+    def _apply(self, message: Message) -> None:
+        task = self.celery.tasks[self.task_name(message.name)]
         # The record says how the job went; `task_eager_propagates` is about the caller's own tasks.
         task.apply(
             (message.attempt, message.request, message.copy),

@@ -8,15 +8,16 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
-from fastapi import Depends, HTTPException, Path
+from fastapi import Depends, Path
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import compile_path
 
 from async_endpoints_celery.bodies import JobRequest, receive_json
-from async_endpoints_celery.errors import AsyncEndpointsError
+from async_endpoints_celery.errors import AsyncEndpointsError, StoreUnavailable
 from async_endpoints_celery.jobs import Job
 from async_endpoints_celery.locations import StatusRoute, find_status_route
 from async_endpoints_celery.preferences import preferred_wait
@@ -50,16 +51,26 @@ class JobRoute(APIRoute):
                 await edge.receive(request)
                 return await handle(request)
             except (AsyncEndpointsError, RequestValidationError) as error:
+                if isinstance(error, StoreUnavailable):
+                    logger.warning("%s %s: %s", request.method, request.url.path, error)
                 # The factory is for submissions; what goes wrong with the jobs' own routes is a plain problem.
                 factory = factories.submission_error if edge.submits else submission_error
                 return await answer(factory, error, request)
-            except HTTPException:
-                raise  # a dependency's own word
             except Exception as error:
+                if _has_handler(request, error):
+                    raise  # a dependency's own word
                 logger.exception("%s %s failed", request.method, request.url.path)
                 return await answer(factories.exception, error, request)
 
         return handle_job_request
+
+
+def _has_handler(request: Request, error: Exception) -> bool:
+    """Whether the application says itself what this exception means (`@app.exception_handler`, HTTPException)."""
+    if isinstance(error, HTTPException):
+        return True
+    handlers = getattr(request.scope.get("app"), "exception_handlers", {})
+    return any(cls in handlers for cls in type(error).__mro__ if cls is not Exception)
 
 
 class Edge:
@@ -121,9 +132,9 @@ def owner_parameter(endpoints: AsyncEndpoints, name: str = "owner") -> list[insp
     if endpoints.owner is None:
         return []
 
-    def known_owner(owner: Any) -> Any:
-        if owner:
-            return owner
+    def known_owner(owner: Any) -> str:
+        if owner is not None and str(owner):
+            return str(owner)
         # RFC 9110, 15.5.2 wants a challenge; what the application's own scheme is, its dependency knows.
         challenge = {"WWW-Authenticate": "Bearer"}
         raise RequestRefused(401, "UNAUTHENTICATED", "say who you are: jobs have owners here", headers=challenge)

@@ -28,6 +28,7 @@ from async_endpoints_celery.errors import (
     RESULT_TOO_LARGE,
     AsyncEndpointError,
     JobFailed,
+    StoreUnavailable,
 )
 from async_endpoints_celery.handlers import RegisteredHandler
 from async_endpoints_celery.operations import Claimed, Operations, Refused
@@ -39,6 +40,10 @@ logger = logging.getLogger("async_endpoints_celery")
 
 #: Seconds past its deadline that a worker keeps the lease of a job, to end it itself before the sweep does.
 DEADLINE_GRACE = 5.0
+
+
+#: What means the process that runs the handler, not the handler.
+ENDS_THE_PROCESS = (SystemExit, KeyboardInterrupt)
 
 
 class JobTimedOut(Exception):
@@ -122,8 +127,8 @@ class Executor:
         delivery: Delivery,
         claimed: Claimed,
         handler: RegisteredHandler | None,
-        attempt: Attempt,
-        call: Callable[[RegisteredHandler, AsyncContext[Any]], Any],
+        attempt: Attempt | None = None,
+        call: Callable[[RegisteredHandler, AsyncContext[Any]], Any] = RegisteredHandler.call,
     ) -> Outcome:
         """Call the handler, and judge what comes of it. `call` runs it within its deadline."""
         if handler is None:
@@ -144,6 +149,11 @@ class Executor:
             return timed_out(handler, error)
         except Exception as error:
             return Failed(AsyncEndpointError.of(error), error)
+        except ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:
+            # No worker may die, and no record be left running, because a handler raised what nobody catches.
+            return Failed(AsyncEndpointError.of(error))
         return self._judge(delivery.name, returned)
 
     def _judge(self, name: str, returned: Any) -> Outcome:
@@ -202,7 +212,14 @@ class Executor:
             retries=claimed.retries + 1,
             countdown=delay or None,
         )
-        publication = yield Capture(message)
+        try:
+            publication = yield Capture(message)
+        except StoreUnavailable:
+            raise
+        except Exception:
+            # Its retry is not lost by that: it waits in the outbox, and the sweep tries again.
+            logger.exception("the message of job %s (%s) cannot be built", delivery.job_id, delivery.name)
+            publication = ()
         written = yield self._operations.reschedule(
             delivery.job_id,
             fence=claimed.fence,
@@ -231,7 +248,9 @@ def _next_delay(claimed: Claimed, handler: RegisteredHandler | None, outcome: Fa
     return handler.retry.next_delay(claimed.retries, claimed.max_retries, cause)
 
 
-def _context(delivery: Delivery, claimed: Claimed, handler: RegisteredHandler, attempt: Attempt) -> AsyncContext[Any]:
+def _context(
+    delivery: Delivery, claimed: Claimed, handler: RegisteredHandler, attempt: Attempt | None
+) -> AsyncContext[Any]:
     """Raises ValueError when the captured request is not what the handler's model wants."""
     captured = CapturedRequest.decode(delivery.request)
     return AsyncContext(

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, urlencode
 from uuid import UUID, uuid4
 
 from pydantic import TypeAdapter
-from pydantic_core import to_jsonable_python
+from pydantic_core import from_json, to_jsonable_python
 from starlette.datastructures import Headers, QueryParams
 
 from async_endpoints_celery.codec import CapturedRequest, canonical_json, fingerprint
@@ -22,6 +22,9 @@ from async_endpoints_celery.submission import Submission
 
 HeadersLike: TypeAlias = Headers | Mapping[str, str] | Sequence[tuple[str, str]]
 QueryLike: TypeAlias = QueryParams | Mapping[str, str] | Sequence[tuple[str, str]] | str
+
+#: What pydantic writes in place of a secret.
+_MASK = "**********"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +109,22 @@ class Intake:
         return kept
 
     def _payload(self, name: str, request: Any) -> tuple[bool, Any]:
-        """Whether there is a payload, and the request as a JSON value spelt by the model's field names."""
+        """Whether there is a payload, and the request as a JSON value, spelt by field names or aliases."""
         handler = self._registry.get(name)
-        if handler is None:
-            return request is not None, to_jsonable_python(request)
-        adapter = handler.request_adapter
-        if adapter is not None:
-            validated = adapter.validate_python(request, by_alias=True, by_name=True)
-            return True, adapter.dump_python(validated, mode="json", by_alias=False)
-        if request is not None:
-            raise ValueError(f"handler {name!r} takes no request: annotate its context AsyncContext[Model]")
-        return False, None
+        adapter = handler.request_adapter if handler else None
+        if adapter is None:
+            if handler is not None and request is not None:
+                raise ValueError(f"handler {name!r} takes no request: annotate its context AsyncContext[Model]")
+            return request is not None, to_jsonable_python(request, by_alias=False)
+        validated = adapter.validate_python(request, by_alias=True, by_name=True)
+        if isinstance(request, (dict, list, str, int, float, bool, type(None))):
+            return True, to_jsonable_python(request)  # JSON already, and all of it
+        payload = adapter.dump_python(validated, mode="json", by_alias=False, round_trip=True)
+        if _MASK in canonical_json(payload):
+            raise ValueError(
+                f"the request of {name!r} holds a secret, which pydantic does not write: submit a dict with its value"
+            )
+        return True, payload
 
     def _build(
         self,
@@ -151,11 +159,19 @@ def _canonical(model: Any, body: Any, body_text: str | None) -> Any:
     if model is None:
         return None
     try:
-        payload = _adapter(model).dump_python(body, mode="json", by_alias=False)
-        # Secrets dump as asterisks, all alike: then the text itself must tell two bodies apart.
-        return [payload, body_text] if "**********" in canonical_json(payload) else payload
+        if _is_lossy(model):
+            return from_json(body_text or "null")
+        return _adapter(model).dump_python(body, mode="json", by_alias=False)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+@functools.lru_cache(maxsize=256)
+def _is_lossy(model: Any) -> bool:
+    """Whether a dump of the model leaves something out or varies (excluded fields, secrets, sets); then what was sent
+    must tell two bodies apart."""
+    schema = str(_adapter(model).core_schema)
+    return any(sign in schema for sign in ("serialization_exclude", "Secret", "'set'", "'frozenset'"))
 
 
 @functools.lru_cache(maxsize=256)

@@ -46,6 +46,9 @@ def events_endpoint(endpoints: AsyncEndpoints, any_owner: bool) -> Callable[...,
         job = await _own_job(endpoints, job_id, owner, any_owner)
         if job is None:
             return await answer(endpoints.responses.job_status, None, request)
+        if job.status.is_over and job.version == _last_event(request):
+            # Nothing will ever come: 204 tells an EventSource not to come again.
+            return Response(status_code=204, headers={"Cache-Control": "no-store"})
         return event_stream(endpoints.waiter.events(job.id, _last_event(request)), request)
 
     return _job_endpoint(endpoints, job_events, any_owner)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 from uuid import UUID
 
 from starlette.routing import Mount, NoMatchFound
@@ -13,6 +14,8 @@ from starlette.routing import Mount, NoMatchFound
 if TYPE_CHECKING:
     from async_endpoints_celery.app import AsyncEndpoints
 
+#: What a path may hold as it is (RFC 3986, 3.3).
+_SAFE = "/:@!$&'()*+,;=-._~"
 _ZERO = str(UUID(int=0))
 
 
@@ -29,9 +32,9 @@ class StatusRoute:
 
     def path(self, job_id: UUID, path_params: Mapping[str, Any]) -> str:
         if self.template is not None:
-            return self.template.replace(_ZERO, str(job_id))
+            return quote(self.template.replace(_ZERO, str(job_id)), safe=_SAFE)
         values = {name: path_params[name] for name in self.parameters}
-        return str(self.router.url_path_for(self.name, job_id=str(job_id), **values))
+        return quote(str(self.router.url_path_for(self.name, job_id=str(job_id), **values)), safe=_SAFE)
 
 
 def status_route_name(endpoints: AsyncEndpoints, any_owner: bool = False) -> str:

@@ -56,7 +56,8 @@ def job_responses(endpoint: str) -> dict[int | str, dict[str, Any]]:
         case "job_events":
             content = {"text/event-stream": {"schema": {"type": "string"}}}
             stream = {"description": "The record now, and after each change", "content": content}
-            return {200: stream, **_problems([401, 404, 422, 500, 503])}
+            done = {"description": "The job is over, and its last event was seen"}
+            return {200: stream, 204: done, **_problems([401, 404, 422, 500, 503])}
         case "cancel_job":
             told = {**record, "description": "The job runs and was told to stop", "model": Job}
             return {200: record, 202: told, **_problems([401, 404, 409, 422, 500, 503])}

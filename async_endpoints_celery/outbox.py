@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 
 from async_endpoints_celery.codec import milliseconds
 from async_endpoints_celery.dispatch import Dispatcher, Message, Mode, Publish
 from async_endpoints_celery.drivers import Flow
-from async_endpoints_celery.errors import StoreUnavailable
+from async_endpoints_celery.errors import ConfigurationError, StoreUnavailable
 from async_endpoints_celery.operations import Operations
+
+logger = logging.getLogger("async_endpoints_celery")
 
 
 def hand_over(operations: Operations, dispatcher: Dispatcher, message: Message) -> Flow[None]:
@@ -18,7 +21,11 @@ def hand_over(operations: Operations, dispatcher: Dispatcher, message: Message) 
     """
     if dispatcher.mode is Mode.ATOMIC:
         return
-    confirmed = yield Publish(message)
+    try:
+        confirmed = yield Publish(message)
+    except ConfigurationError:
+        logger.exception("the message of job %s (%s) cannot be published", message.job_id, message.name)
+        return
     if not confirmed:
         return
     with suppress(StoreUnavailable):  # then the sweep publishes a copy, which runs nothing

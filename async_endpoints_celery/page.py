@@ -43,7 +43,7 @@ def page_response(job: Job, etag: str) -> Response:
     headers = {
         "Cache-Control": "no-store",
         "Content-Security-Policy": policy,
-        "ETag": etag,
+        "ETag": f'{etag[:-1]}-page"',  # another representation
         "Referrer-Policy": "no-referrer",
         "Vary": "Accept",
         "X-Content-Type-Options": "nosniff",
@@ -77,4 +77,4 @@ def _values(job: Job) -> dict[str, str]:
 
 @cache
 def _template() -> Template:
-    return Template((files("async_endpoints_celery") / "page.html").read_text())
+    return Template((files("async_endpoints_celery") / "page.html").read_text(encoding="utf-8"))

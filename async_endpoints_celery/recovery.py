@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from async_endpoints_celery.codec import encode_error, milliseconds
 from async_endpoints_celery.dispatch import Capture, Dispatcher, Message
 from async_endpoints_celery.drivers import Flow, Wait
-from async_endpoints_celery.errors import JOB_TIMEOUT, WORKER_LOST, AsyncEndpointError
+from async_endpoints_celery.errors import JOB_TIMEOUT, WORKER_LOST, AsyncEndpointError, StoreUnavailable
 from async_endpoints_celery.operations import ROUND_SECONDS, Due, Operations, StoredRequest
 from async_endpoints_celery.outbox import hand_over
+from async_endpoints_celery.scripting import Publication
 from async_endpoints_celery.settings import Settings
 
 logger = logging.getLogger("async_endpoints_celery")
@@ -73,13 +74,13 @@ class Sweeper:
             running = due.running if self._settings.enable_distributed_job_recovery else []
             if not due.waiting and not running:
                 break
-            dispatched += yield from self._dispatch_waiting(due.waiting)
             if certain is None:
                 certain = self._redis_was_there(due)
             if running and not certain:
                 yield Wait(RENEWAL_SECONDS)
                 certain = True
             recovered += yield from self._recover_running(running)
+            dispatched += yield from self._dispatch_waiting(due.waiting)
         for _ in range(MAX_BATCHES):
             forgotten = yield self._operations.prune(BATCH)
             pruned += forgotten
@@ -113,7 +114,10 @@ class Sweeper:
         if stored is None:
             return 0  # deleted by hand since it was judged
         message = Message.again(stored)
-        publication = yield Capture(message)
+        publication = yield from self._captured(message)
+        if publication is None:
+            yield self._operations.postpone(job_id, delay_ms=after)
+            return 0
         done = yield self._operations.redispatch(
             job_id,
             attempt=stored.attempt,
@@ -125,6 +129,17 @@ class Sweeper:
             yield from hand_over(self._operations, self._dispatcher, message)
         return int(done)
 
+    def _captured(self, message: Message) -> Flow[Publication | None]:
+        """The message's commands; None if it cannot be built. One job's bad route must not stop the sweep for all."""
+        try:
+            publication: Publication = yield Capture(message)
+        except StoreUnavailable:
+            raise
+        except Exception:
+            logger.exception("the message of job %s (%s) cannot be built", message.job_id, message.name)
+            return None
+        return publication
+
     def _recover_running(self, expired: list[str]) -> Flow[int]:
         recovered = 0
         stored = yield self._operations.stored_requests(expired)
@@ -135,7 +150,8 @@ class Sweeper:
     def _recover(self, job_id: str, stored: StoredRequest | None) -> Flow[int]:
         name = stored.name if stored else "the job"
         message = Message(job_id, name, stored.request, stored.attempt, retries=stored.retries + 1) if stored else None
-        publication = (yield Capture(message)) if message else ()
+        # Without a message it is recovered all the same: it then waits in the outbox.
+        publication = ((yield from self._captured(message)) if message else None) or ()
         outcome = yield self._operations.recover(
             job_id,
             runner="",

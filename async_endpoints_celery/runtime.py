@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
@@ -14,7 +14,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 from async_endpoints_celery.context import AsyncContext, JobCanceled
 from async_endpoints_celery.drivers import SyncDriver
-from async_endpoints_celery.errors import JobFailed, StoreUnavailable
+from async_endpoints_celery.errors import JobConflict, JobFailed, JobNotFound, StoreUnavailable
 from async_endpoints_celery.execution import (
     Delivery,
     Ending,
@@ -139,8 +139,12 @@ class WorkerRuntime:
 
         with self._deadline(delivery, claimed, handler):
             outcome = self.executor.run(delivery, claimed, handler, attempt, interruptible)
-        ending = self.driver.run(self.executor.finish(delivery, claimed, handler, outcome))
-        return outcome, ending
+        while True:
+            try:
+                return outcome, self.driver.run(self.executor.finish(delivery, claimed, handler, outcome))
+            except SoftTimeLimitExceeded:
+                # The handler is done; only the writing takes long, for Redis is away. Written twice is written once.
+                continue
 
     @contextmanager
     def _deadline(self, delivery: Delivery, claimed: Claimed, handler: RegisteredHandler | None) -> Iterator[None]:
@@ -151,6 +155,8 @@ class WorkerRuntime:
 
         def overdue() -> None:
             logger.warning("job %s (%s) is past its deadline and cannot be interrupted", delivery.job_id, handler.name)
+            if handler.is_async:
+                self.loop.abandon()  # it is blocked: other handlers shall not wait for it
             outcome = timed_out(handler, JobTimedOut())
             self.impatient_driver.run(self.executor.finish(delivery, claimed, handler, outcome))
 
@@ -204,9 +210,23 @@ class WorkerRuntime:
         attempt, request, copy = args
         delivery = Delivery(job_id, name, attempt, request, copy, uuid4().hex, worker)
         try:
-            self.run(delivery, keep_lease=False)
+            claimed = self.impatient_driver.run(self.executor.claim(delivery, None))
+            if isinstance(claimed, Claimed):
+                outcome = self.executor.run(delivery, claimed, None)
+                self.impatient_driver.run(self.executor.finish(delivery, claimed, None, outcome))
         except StoreUnavailable as error:
             logger.warning("job %s has no handler; the sweep will try it again: %s", job_id, error)
+
+    def revoked(self, job_id: str, name: str, runner: str) -> None:
+        """Somebody revoked the Celery task, in Flower for instance: the job is canceled."""
+        store, operations = self.driver.store, self.operations
+        try:
+            with suppress(JobConflict, JobNotFound):  # it is over
+                if not store.run(operations.cancel(job_id, nonce=runner)):
+                    # Its process was killed, or will be: nobody is left to acknowledge.
+                    store.run(operations.release(job_id, runner=runner, dispatch_after_ms=0))
+        except StoreUnavailable as error:
+            logger.warning("job %s (%s) was revoked and could not be canceled: %s", job_id, name, error)
 
     def sweep(self) -> dict[str, int]:
         swept = self.driver.run(self.sweeper.sweep())

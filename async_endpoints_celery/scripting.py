@@ -44,11 +44,11 @@ class Script:
     @cache
     def load(name: str) -> Script:
         folder = files("async_endpoints_celery") / "scripts"
-        body = (folder / f"{name}.lua").read_text()
+        body = (folder / f"{name}.lua").read_text(encoding="utf-8")
         header = re.search(r"^-- ARGS(.*)$", body, re.MULTILINE)
         arguments = tuple(header[1].split()) if header else ()
         if header:
-            body = (folder / "prelude.lua").read_text() + _bind(arguments) + body
+            body = (folder / "prelude.lua").read_text(encoding="utf-8") + _bind(arguments) + body
         return Script(name, body, hashlib.sha1(body.encode()).hexdigest(), arguments)
 
 

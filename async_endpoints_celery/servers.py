@@ -133,6 +133,12 @@ class RedisServer:
     def from_client(cls, client: redis.Redis | redis.asyncio.Redis) -> RedisServer:
         """The server of an existing client. Its pool is not used: it may belong to another loop or process."""
         pool = client.connection_pool
+        kind = pool.connection_class.__name__
+        if kind not in _SYNC_CLASSES:
+            raise ConfigurationError(
+                f"store={client!r}: connections of class {kind} cannot be made anew from it; give a URL"
+                " (redis+sentinel:// for Sentinel, memory:// for a store in this process)"
+            )
         return cls.from_options(pool.connection_kwargs, pool.connection_class.__name__)
 
     @classmethod
@@ -332,14 +338,6 @@ class Subscription:
     async def unsubscribe(self, *channels: str) -> None:
         with unavailable():
             await self._pubsub.unsubscribe(*channels)
-
-    async def reopen(self, channels: list[str]) -> None:
-        """A new connection with these channels. Raises StoreUnavailable."""
-        with suppress(RedisError, OSError):
-            await self._pubsub.aclose()
-        self._pubsub = self._client.pubsub()
-        if channels:
-            await self.subscribe(*channels)
 
     async def messages(self) -> AsyncIterator[tuple[str, str]]:
         """(kind, channel) of everything that comes, until the connection is lost: StoreUnavailable."""

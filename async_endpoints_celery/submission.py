@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from async_endpoints_celery.errors import JobNotFound, StoreUnavailable
 from async_endpoints_celery.jobs import Job, JobStatus
 from async_endpoints_celery.operations import Operations, Page, not_retryable
 from async_endpoints_celery.outbox import hand_over
+
+logger = logging.getLogger("async_endpoints_celery")
 
 #: Records looked at for one page of a list, at most: a rare filter gives a short page with a cursor, not a long wait.
 MAX_SCANNED = 1_000
@@ -80,8 +83,11 @@ class Submitter:
         except StoreUnavailable as error:
             error.job_id = job_id
             raise
+        about = {"job_id": job_id, "job_name": submission.name}
         if submitted.replayed:
+            logger.info("job %s (%s) was submitted before", job_id, submission.name, extra=about)
             return Accepted(submitted.job, replayed=True)
+        logger.info("job %s (%s) submitted", job_id, submission.name, extra=about)
         yield from hand_over(self._operations, self._dispatcher, message)
         if self._dispatcher.mode is Mode.EAGER:
             job = yield self._operations.get(job_id)

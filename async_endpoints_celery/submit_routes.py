@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -11,9 +12,9 @@ from fastapi import Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
-from async_endpoints_celery.bodies import JobRequest, body_dependency, share_body
+from async_endpoints_celery.bodies import JobRequest, bind_body
 from async_endpoints_celery.edge import Edge, endpoint_of, keyword, owner_parameter, path_parameters, wanted_wait
-from async_endpoints_celery.errors import JobConflict
+from async_endpoints_celery.errors import JobConflict, StoreUnavailable
 from async_endpoints_celery.intake import HttpSubmission
 from async_endpoints_celery.preferences import derived_id, idempotency_key
 from async_endpoints_celery.responses import (
@@ -51,7 +52,7 @@ def submitting_endpoint(
             name=name,
             model=model,
             body=given.get(_BODY),
-            body_text=request._job_body.decode() if model is not None else None,
+            body_text=request.text,
             headers=request.headers.items(),
             route_params=request.path_params,
             query=request.scope.get("query_string", b"").decode("latin-1"),
@@ -71,9 +72,8 @@ def submitting_endpoint(
     # The owner comes first: who is nobody hears nothing of the body, nor of what validate= thinks of it.
     parameters = [keyword(_REQUEST, Request), *owner_parameter(endpoints, _OWNER)]
     if model is not None:
-        dependency = body_dependency(model)
-        parameters.append(keyword(_BODY, Any, Depends(dependency)))
-        validate = share_body(validate, model, dependency) if validate is not None else None
+        validate, validated_body = bind_body(validate, model)
+        parameters.append(keyword(_BODY, Any, Depends(validated_body)))
     if validate is not None:
         parameters.append(keyword(_VERDICT, Any, Depends(validate)))
     parameters += path_parameters(path)
@@ -90,9 +90,16 @@ async def _submit(endpoints: AsyncEndpoints, submission: HttpSubmission, wait: i
         return await endpoints.submit_request(submission)
     job_id = submission.job_id or uuid4()
     submission = dataclasses.replace(submission, job_id=job_id)
-    async with endpoints.changes.watching(str(job_id)) as watch:
+    async with AsyncExitStack() as stack:
+        try:
+            watch = await stack.enter_async_context(endpoints.changes.watching(str(job_id)))
+        except StoreUnavailable:
+            return await endpoints.submit_request(submission)
         accepted = await endpoints.submit_request(submission)
-        job = await endpoints.waiter.until_over(job_id, wait, watch)
+        try:
+            job = await endpoints.waiter.until_over(job_id, wait, watch)
+        except StoreUnavailable:
+            job = None  # it is accepted all the same
     return Accepted(job or accepted.job, accepted.replayed)
 
 

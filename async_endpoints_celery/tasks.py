@@ -65,7 +65,10 @@ class JobRequest(Request):
         super().on_accepted(pid, time_accepted)
 
     def acknowledge(self) -> None:
-        self._runtime.keeper.drop(self.id, self._runner)
+        # With acks_late=False (a user's task_annotations) this is the beginning, not the end; the lease is then dropped
+        # when Redis says that the job is over.
+        if self.task.acks_late:
+            self._runtime.keeper.drop(self.id, self._runner)
         super().acknowledge()
 
     def reject(self, requeue: bool = False) -> None:
@@ -84,6 +87,10 @@ class JobRequest(Request):
         if isinstance(exc, JobRevoked):
             # What Celery says of a revoked task, so that Flower shows REVOKED.
             self.send_event("task-revoked", terminated=False, signum=None, expired=False)
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        super()._announce_revoked(reason, terminated, signum, expired)
+        self._runtime.revoked(self.id, self.task.job_name, self._runner)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         # A cold shutdown, or a lost broker connection with worker_cancel_long_running_tasks_on_connection_loss.
@@ -109,8 +116,10 @@ class JobTask(Task):
     abstract = True
     Request = "async_endpoints_celery.tasks:JobRequest"
     acks_late = True
-    acks_on_failure_or_timeout = True
+    acks_on_failure = acks_on_timeout = acks_on_failure_or_timeout = True
     reject_on_worker_lost = True
+    # Ours is the lease: Celery's own would publish the arguments where they show.
+    retry_on_worker_lost = False
     ignore_result = True
     store_errors_even_if_ignored = False
     track_started = False
@@ -191,23 +200,29 @@ def register_task(celery: Celery, runtime: WorkerRuntime, handler: RegisteredHan
 
 def register_sweep(celery: Celery, runtime: WorkerRuntime) -> None:
     """The sweep as a task, and its place in the beat schedule unless the user gave it one."""
-    name = f"{runtime.settings.task_prefix}sweep"
+    settings = runtime.settings
+    name = f"{settings.task_prefix}sweep"
+    # A second AsyncEndpoints on the same app has a prefix of its own, and needs a sweep of its own.
+    is_first = settings.task_prefix == type(settings).model_fields["task_prefix"].default
+    entry_name = BEAT_ENTRY if is_first else f"{BEAT_ENTRY}-{settings.task_prefix.strip('.')}"
+    interval = settings.recovery_check_interval_seconds
 
     def sweep() -> dict[str, int]:
         """Dispatch due and lost jobs, recover those of dead workers, prune the indices."""
         return runtime.sweep()
 
-    celery.task(name=name, shared=False, ignore_result=True, serializer="json")(sweep)
-    interval = runtime.settings.recovery_check_interval_seconds
+    # Nobody knows whether a worker listens: without an end a stopped one finds a pile of sweeps. On the task, for
+    # schedulers that know nothing of the entry's options.
+    base = type("SweepTask", (Task,), {"abstract": True, "expires": max(60.0, 2 * interval)})
+    celery.task(name=name, base=base, shared=False, ignore_result=True, serializer="json")(sweep)
 
     def add_to_schedule(sender: Any = None, **_: Any) -> None:
         entry = {
             "task": name,
             "schedule": interval,
-            # Beat does not know whether anybody listens: without this a stopped worker finds a pile of sweeps.
             "options": {"expires": max(60.0, 2 * interval), "ignore_result": True},
         }
-        celery.conf.beat_schedule.setdefault(BEAT_ENTRY, entry)
+        celery.conf.beat_schedule.setdefault(entry_name, entry)
 
     if celery.finalized:
         add_to_schedule()
@@ -254,6 +269,11 @@ def join_worker(celery: Celery, runtime: WorkerRuntime) -> None:
     def on_unknown(sender: Any, message: Any, name: str, id: str, **_: Any) -> None:
         if sender.app is celery and name.startswith(runtime.settings.task_prefix):
             job_name = name.removeprefix(runtime.settings.task_prefix)
-            runtime.unknown(id, job_name, message.payload[0], sender.hostname)
+            try:
+                arguments = message.payload[0]
+            except (LookupError, TypeError):
+                logger.warning("job %s: a message that is not of this package", id)
+                return
+            runtime.unknown(id, job_name, arguments, sender.hostname)
 
     signals.task_unknown.connect(on_unknown, weak=False)

@@ -70,6 +70,11 @@ class EventLoopThread:
             future.cancel()
             raise
 
+    def abandon(self) -> None:
+        """Leave a loop that a handler blocks to itself; the next handler gets a new one."""
+        with self._lock:
+            self._loop = self._thread = None
+
     def stop(self) -> None:
         """End the loop and its threads; the next handler gets a new one."""
         with self._lock:
@@ -103,7 +108,12 @@ class RunningAttempt:
             # A sync handler. (Under gevent there seems to be a running loop: that of another greenlet.)
             self._write_progress(percent, message)
             return DONE
-        return asyncio.get_running_loop().run_in_executor(None, self._write_progress, percent, message)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # a thread of the handler's own
+            self._write_progress(percent, message)
+            return DONE
+        return loop.run_in_executor(None, self._write_progress, percent, message)
 
     def _write_progress(self, percent: float, message: str | None) -> None:
         try:
@@ -144,9 +154,12 @@ class CancelWatch:
 
     def add(self, attempt: RunningAttempt, task: asyncio.Task[Any]) -> None:
         """Called on the loop, as everything here."""
+        loop = asyncio.get_running_loop()
+        if self._watching is not None and self._watching.get_loop() is not loop:
+            self._running, self._watching = {}, None  # the loop before was abandoned
         self._running[attempt] = task
         if self._watching is None or self._watching.done():
-            self._watching = asyncio.get_running_loop().create_task(self._watch())
+            self._watching = loop.create_task(self._watch())
 
     def remove(self, attempt: RunningAttempt) -> None:
         self._running.pop(attempt, None)
