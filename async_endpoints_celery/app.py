@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import secrets
 import sys
-import time
 import weakref
 from collections.abc import (
     AsyncIterator,
@@ -44,8 +43,6 @@ from async_endpoints_celery.waiting import Waiter
 
 #: Seconds a worker goes on trying to write what became of a job.
 WORKER_PATIENCE = 120.0
-#: Seconds between two looks at the deployment's secret.
-SECRET_SECONDS = 60.0
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -89,7 +86,7 @@ class AsyncEndpoints:
         self.owner = owner
         self.registry = HandlerRegistry(self.settings)
         self._store = store
-        self._secret: tuple[str, float] | None = None
+        self._secret: str | None = None
         broker = early_broker_url(celery)
         if broker is not None and broker.startswith("memory://"):
             own_memory_broker(celery)
@@ -339,13 +336,10 @@ class AsyncEndpoints:
     async def secret(self) -> str:
         """What ids derived from `Idempotency-Key` are keyed with: one for the whole deployment, made once.
 
-        Read again now and then, and put back if Redis has lost it, so that all web processes agree.
+        Asked for each time, and put back if Redis has lost it, so that all web processes agree at any moment.
         """
-        now = time.monotonic()
-        if self._secret is None or now - self._secret[1] > SECRET_SECONDS:
-            proposed = self._secret[0] if self._secret else secrets.token_hex(32)
-            self._secret = await self._async.store.run(self.operations.secret(proposed)), now
-        return self._secret[0]
+        self._secret = await self._async.store.run(self.operations.secret(self._secret or secrets.token_hex(32)))
+        return self._secret
 
     # The application's life.
 

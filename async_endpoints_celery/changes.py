@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 
 from async_endpoints_celery.errors import StoreUnavailable
 from async_endpoints_celery.keys import Keys
-from async_endpoints_celery.servers import ANSWER_WITHIN, Server, Subscription
+from async_endpoints_celery.servers import ANSWER_WITHIN, Server, Subscription, SubscriptionRefused
 
 logger = logging.getLogger("async_endpoints_celery")
 
@@ -94,6 +94,7 @@ class _Feed:
         self._subscription: Subscription | None = None
         self._subscribing = asyncio.Lock()
         self._reading: asyncio.Task[None] | None = None
+        self._refused: SubscriptionRefused | None = None
 
     async def add(self, channel: str) -> Watch:
         watch = Watch()
@@ -106,6 +107,11 @@ class _Feed:
                 if not confirmed.is_set():
                     await self._subscribe_to(channel)
                     await confirmed.wait()
+            if self._refused is not None:
+                raise self._refused
+        except SubscriptionRefused:
+            await self.remove(channel, watch)
+            raise
         except (TimeoutError, StoreUnavailable) as error:
             await self.remove(channel, watch)
             raise StoreUnavailable("Redis did not confirm the subscription") from error
@@ -147,6 +153,11 @@ class _Feed:
                         watch.tell()  # nobody knows what was missed
                 async for kind, channel in subscription.messages():
                     self._handle(kind, channel)
+            except SubscriptionRefused as error:
+                logger.warning("nobody can wait for jobs: %s", error)
+                self._refused = error
+                for confirmed in self._confirmed.values():
+                    confirmed.set()
             except Exception as error:  # this task must not end: every waiting client depends on it
                 logger.warning("the subscription to changes was lost, trying again: %s", error)
             finally:
@@ -156,6 +167,7 @@ class _Feed:
 
     def _handle(self, kind: str, channel: str) -> None:
         if kind == "subscribe":
+            self._refused = None
             confirmed = self._confirmed.get(channel)
             if confirmed is not None:
                 confirmed.set()

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeAlias, TypedDict, Unpack
+from typing import Any, Literal, Self, TypeAlias, TypedDict, Unpack
 from urllib.parse import urljoin
 from uuid import UUID, uuid4
 
@@ -73,12 +73,9 @@ class Shown(TypedDict, total=False):
     show_progress: bool
 
 
-# The steps of a flow.
-
-
 @dataclass(frozen=True)
 class _Send:
-    """Outcome: the response. `stream`: its lines are asked for one by one, with `_Line`."""
+    """A step of a flow; the outcome is the response. `stream`: its lines are asked for one by one."""
 
     method: str
     url: str
@@ -88,23 +85,8 @@ class _Send:
     stream: bool = False
 
 
-class _Line:
-    """Outcome: the next line of the stream, None at its end."""
-
-
-@dataclass(frozen=True)
-class _Pause:
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Show:
-    """A record for the caller."""
-
-    job: RemoteJob
-
-
-_Step: TypeAlias = _Send | _Line | _Pause | _Show
+#: Besides requests: a record for the caller, seconds to pause, and "line": the next one of the stream, None at its end.
+_Step: TypeAlias = _Send | RemoteJob | float | Literal["line"]
 _Flow: TypeAlias = Generator[_Step, Any, None]
 
 
@@ -132,15 +114,15 @@ def _submitting(path: str, body: Any, options: Submission, attempts: int) -> _Fl
             if attempt >= attempts:
                 raise
         if response is not None and (response.status_code != 503 or attempt >= attempts):
-            yield _Show(_record(response))
+            yield _record(response)
             return
-        yield _Pause(_retry_after(response, min(0.25 * 2**attempt, 10.0)))
+        yield _retry_after(response, min(0.25 * 2**attempt, 10.0))
 
 
 def _asking(method: str, job: Job | str) -> _Flow:
     location = _where(job)
     response = yield _Send(method, location)
-    yield _Show(_record(response, location))
+    yield _record(response, location)
 
 
 def _following(job: Job | str, timeout: float | None) -> _Flow:
@@ -192,7 +174,7 @@ class _Follower:
             return False
         fields: dict[str, str] = {}
         line: str | None
-        while (line := (yield _Line())) is not None:
+        while (line := (yield "line")) is not None:
             name, _, value = line.partition(": ")
             fields[name] = value
             if not line:
@@ -202,7 +184,7 @@ class _Follower:
                 fields = {}
             if self.is_over or self.left + 1 < patience:
                 return True  # if need be to a new stream, which is not read for longer than there is time
-        yield _Pause(min(0.2, self.left))
+        yield min(0.2, self.left)
         return True
 
     def _poll(self) -> Generator[_Step, Any, bool]:
@@ -212,14 +194,14 @@ class _Follower:
         if response.status_code != 503:
             yield from self._seen(_record(response))
         if not self.is_over and "preference-applied" not in response.headers:
-            yield _Pause(min(_retry_after(response, 1.0) or 0.1, self.left))
+            yield min(_retry_after(response, 1.0) or 0.1, self.left)
         return False
 
     def _seen(self, job: RemoteJob) -> _Flow:
         job = job.model_copy(update={"location": self.location})
         if job != self.last:
             self.last = job
-            yield _Show(job)
+            yield job
 
 
 def _record(response: httpx.Response, location: str | None = None) -> RemoteJob:
@@ -308,13 +290,13 @@ class JobsClient:
         with ExitStack() as stream:
             while (step := _next(flow, outcome)) is not None:
                 outcome = None
-                if isinstance(step, _Show):
-                    yield step.job
+                if isinstance(step, RemoteJob):
+                    yield step
                     continue
                 try:
-                    if isinstance(step, _Pause):
-                        time.sleep(step.seconds)
-                    elif isinstance(step, _Line):
+                    if isinstance(step, float):
+                        time.sleep(step)
+                    elif isinstance(step, str):
                         outcome = next(lines, None)
                     else:
                         stream.close()
@@ -368,13 +350,13 @@ class AsyncJobsClient:
         async with AsyncExitStack() as stream:
             while (step := _next(flow, outcome)) is not None:
                 outcome = None
-                if isinstance(step, _Show):
-                    yield step.job
+                if isinstance(step, RemoteJob):
+                    yield step
                     continue
                 try:
-                    if isinstance(step, _Pause):
-                        await asyncio.sleep(step.seconds)
-                    elif isinstance(step, _Line):
+                    if isinstance(step, float):
+                        await asyncio.sleep(step)
+                    elif isinstance(step, str):
                         outcome = await anext(lines, None)
                     else:
                         await stream.aclose()

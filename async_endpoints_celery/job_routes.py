@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
@@ -21,6 +22,7 @@ from async_endpoints_celery.responses import (
     job_json,
     record_response,
 )
+from async_endpoints_celery.servers import SubscriptionRefused
 
 if TYPE_CHECKING:
     from async_endpoints_celery.app import AsyncEndpoints
@@ -33,7 +35,8 @@ def status_endpoint(endpoints: AsyncEndpoints, any_owner: bool = False) -> Calla
         if job is not None and wait is not None:
             request.scope[SCOPE_KEY].waited = wait
             if not job.status.is_over:
-                job = await endpoints.waiter.until_over(job.id, wait)
+                with suppress(SubscriptionRefused):
+                    job = await endpoints.waiter.until_over(job.id, wait)
         return await answer(endpoints.responses.job_status, job, request)
 
     endpoint = _job_endpoint(endpoints, get_job, any_owner)

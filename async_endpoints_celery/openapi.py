@@ -42,7 +42,9 @@ _ACCEPTED = {
 def submission_responses(*, with_body: bool) -> dict[int | str, dict[str, Any]]:
     statuses = [400, 401, 409, 413, 415, 422, 431, 500, 503] if with_body else [400, 401, 409, 422, 431, 500, 503]
     accepted = {"description": "Accepted: the job's record", "headers": _ACCEPTED}
-    return {202: accepted, **_problems(statuses)}
+    ended = {"description": "The record of a job that ended within the seconds of `Prefer: wait=N`", "model": Job}
+    ended["headers"] = {**_JOB_ID, **_ETAG}
+    return {200: ended, 202: accepted, **_problems(statuses)}
 
 
 def job_responses(endpoint: str) -> dict[int | str, dict[str, Any]]:
@@ -54,7 +56,9 @@ def job_responses(endpoint: str) -> dict[int | str, dict[str, Any]]:
             unchanged = {"description": "Not modified", "headers": _ETAG}
             return {200: ok, 304: unchanged, **_problems([401, 404, 422, 500, 503])}
         case "job_events":
-            content = {"text/event-stream": {"schema": {"type": "string"}}}
+            event = {"type": "object", "required": ["event", "data", "id"]}
+            event["properties"] = {name: {"type": "string"} for name in ("event", "data", "id")}  # as FastAPI has it
+            content: dict[str, Any] = {"text/event-stream": {"itemSchema": event}}
             stream = {"description": "The record now, and after each change", "content": content}
             done = {"description": "The job is over, and its last event was seen"}
             return {200: stream, 204: done, **_problems([401, 404, 422, 500, 503])}

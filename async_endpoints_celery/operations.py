@@ -383,10 +383,9 @@ class Operations:
         bounds = [dispatch_after_ms, max(MAX_REDISPATCH_MS, dispatch_after_ms)]
         return Call(Script.load("judge"), keys, [*bounds, *job_ids], list)
 
-    def postpone(self, job_id: str, *, delay_ms: int) -> Query[None]:
+    def postpone(self, job_id: str, *, delay_ms: int) -> Call[int]:
         """Have the sweep look at a waiting job again later: its message could not be built."""
-        commands = [("ZADD", self.keys.waiting, "XX", "INCR", delay_ms, job_id)]
-        return Query(commands, lambda _: None)
+        return Call(Script.load("postpone"), [self.keys.waiting], [job_id, delay_ms], int)
 
     def redispatch(
         self, job_id: str, *, attempt: int, copy: int, dispatch_after_ms: int, publication: Publication = ()

@@ -17,20 +17,23 @@ from async_endpoints_celery.jobs import Job, JobStatus
 
 def wants_page(request: Request) -> bool:
     """Whether the client prefers HTML to JSON (RFC 9110, 12.5.1): a browser does, a program says nothing of HTML."""
-    accept = request.headers.get("accept", "")
-    return "text/html" in accept and _quality(accept, "text/html") > _quality(accept, "application/json")
+    accept = request.headers.get("accept", "").lower()
+    page = _quality(accept, "text/html")
+    return "text/html" in accept and page > 0 and page > _quality(accept, "application/json")
 
 
 def _quality(accept: str, media_type: str) -> float:
+    """How much of it is wanted; the most specific range counts."""
+    found = {}
     for entry in accept.split(","):
-        name, *parameters = (part.strip().lower() for part in entry.split(";"))
-        if name == media_type:
-            weights = [p.removeprefix("q=") for p in parameters if p.startswith("q=")]
-            try:
-                return float(weights[0]) if weights else 1.0
-            except ValueError:
-                return 0.0
-    return 0.0
+        name, *parameters = (part.strip() for part in entry.split(";"))
+        weights = [p.removeprefix("q=") for p in parameters if p.startswith("q=")]
+        try:
+            found[name] = float(weights[0]) if weights else 1.0
+        except ValueError:
+            found[name] = 0.0
+    ranges = (media_type, media_type.partition("/")[0] + "/*", "*/*")
+    return next((found[name] for name in ranges if name in found), 0.0)
 
 
 def page_response(job: Job, etag: str) -> Response:

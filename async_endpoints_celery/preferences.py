@@ -13,16 +13,18 @@ _QUOTED = re.compile(r'"((?:[\x20-\x21\x23-\x5B\x5D-\x7E]|\\["\\])*)"')
 #: What is commonly sent instead.
 _BARE = re.compile(r"[\x21\x23-\x2B\x2D-\x7E]+")
 MAX_KEY_CHARS = 255
+#: One of a comma-separated list whose quoted strings may have commas in them.
+_PREFERENCE = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^,])+')
+_WAIT = re.compile(r"""\s*wait\s*=\s*(?:([0-9]{1,99})|"([0-9]{1,99})")\s*(?:;|$)""", re.IGNORECASE)
 
 
 def preferred_wait(values: Sequence[str]) -> int | None:
     """The seconds of `wait=N`, or None. A preference that is not understood is ignored (RFC 7240, 2)."""
     for value in values:
-        for preference in value.split(","):
-            name, _, argument = preference.split(";")[0].partition("=")
-            argument = argument.strip().strip('"')
-            if name.strip().lower() == "wait" and argument.isascii() and argument.isdigit() and len(argument) < 10:
-                return int(argument)
+        for preference in _PREFERENCE.findall(value):
+            wait = _WAIT.match(preference)
+            if wait is not None:
+                return int(wait[1] or wait[2])
     return None
 
 

@@ -323,6 +323,10 @@ def _short(error: BaseException) -> str:
     return (str(error) or type(error).__name__)[:200]
 
 
+class SubscriptionRefused(StoreUnavailable):
+    """Redis is there, and does not let us listen (its ACL has no SUBSCRIBE for us)."""
+
+
 class Subscription:
     """A connection that listens to channels, on one event loop."""
 
@@ -342,9 +346,12 @@ class Subscription:
     async def messages(self) -> AsyncIterator[tuple[str, str]]:
         """(kind, channel) of everything that comes, until the connection is lost: StoreUnavailable."""
         while True:
-            with unavailable():
-                # Not for ever: between two waits redis-py looks after the connection's health.
-                message = await self._pubsub.get_message(timeout=SUBSCRIPTION_PING_SECONDS)
+            try:
+                with unavailable():
+                    # Not for ever: between two waits redis-py looks after the connection's health.
+                    message = await self._pubsub.get_message(timeout=SUBSCRIPTION_PING_SECONDS)
+            except redis.ResponseError as error:
+                raise SubscriptionRefused(f"Redis refuses the subscription: {_short(error)}") from error
             if message is not None:
                 yield message["type"], message["channel"]
 

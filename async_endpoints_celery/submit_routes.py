@@ -21,6 +21,7 @@ from async_endpoints_celery.responses import (
     RequestRefused,
     answer,
 )
+from async_endpoints_celery.servers import SubscriptionRefused
 from async_endpoints_celery.submission import Accepted
 
 if TYPE_CHECKING:
@@ -93,8 +94,11 @@ async def _submit(endpoints: AsyncEndpoints, submission: HttpSubmission, wait: i
     async with AsyncExitStack() as stack:
         try:
             watch = await stack.enter_async_context(endpoints.changes.watching(str(job_id)))
-        except StoreUnavailable:
+        except SubscriptionRefused:
             return await endpoints.submit_request(submission)
+        except StoreUnavailable as error:
+            error.job_id = str(job_id)  # nothing was stored; there is no time left to try it without waiting
+            raise
         accepted = await endpoints.submit_request(submission)
         try:
             job = await endpoints.waiter.until_over(job_id, wait, watch)

@@ -14,6 +14,7 @@ from celery import Celery, Task, bootsteps, signals
 from celery.exceptions import Ignore, Reject, Retry
 from celery.worker.request import Request
 
+from async_endpoints_celery.broker import broker_server
 from async_endpoints_celery.errors import JobFailed, StoreUnavailable
 from async_endpoints_celery.execution import (
     Canceled,
@@ -258,6 +259,30 @@ def join_worker(celery: Celery, runtime: WorkerRuntime) -> None:
             threading.Thread(target=sweep_once, name="async-endpoints-sweep", daemon=True).start()
 
     celery.steps["worker"].add(LeaseKeeperStep)
+
+    class ConnectionLossStep(bootsteps.StartStopStep):
+        """Closing a connection that is lost already must not end the worker.
+
+        After a Redis restart kombu 5.7 at times still has an open channel when Celery closes the lost connection for
+        the second time; without its transport that is an AttributeError, which Celery takes for unrecoverable.
+        """
+
+        name = f"async_endpoints.connection.{id(runtime):x}"
+        requires = ("celery.worker.consumer.connection:Connection",)
+
+        def include_if(self, parent: Any) -> bool:
+            return broker_server(celery) is not None
+
+        def start(self, parent: Any) -> None:
+            close = parent.connection.close
+
+            def close_at_last() -> None:
+                with suppress(AttributeError):
+                    close()
+
+            parent.connection.close = close_at_last
+
+    celery.steps["consumer"].add(ConnectionLossStep)
 
     def on_shutdown(sender: Any, **_: Any) -> None:
         # Not as a step: steps stop in reverse order, and the pool still finishes what runs after this one.

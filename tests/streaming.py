@@ -39,7 +39,9 @@ def parse_event(lines: list[str]) -> Event:
 
 
 def read_events(response: httpx.Response) -> Iterator[Event]:
-    """Events and comments as they come, until the server closes."""
+    """Events and comments as they come, until the server closes; none where there will be none any more (204)."""
+    if response.status_code == 204:
+        return
     assert response.status_code == 200, response.read()
     assert response.headers["content-type"].startswith("text/event-stream")
     lines: list[str] = []

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import unquote
 from uuid import UUID, uuid4
 
 from celery import Celery
@@ -142,7 +143,7 @@ def assert_problem(response: Any, status: int, **expected: Any) -> dict[str, Any
     assert problem["title"]
     assert problem["status"] == status
     assert problem["detail"]
-    assert problem["instance"] == response.request.url.path
+    assert unquote(problem["instance"]) == response.request.url.path
     assert {key: problem[key] for key in expected} == expected
     return problem
 

@@ -325,6 +325,22 @@ async def gate_async(context: Context) -> int:
     return context.retry_count
 
 
+@endpoints.handler("Instructed", max_retries=0)
+def instructed(context: Context) -> Any:
+    """Does what the test tells it, one order after the other: see `tests.streaming.tell`."""
+    leave_trace(context)
+    while True:
+        found: Any = traces().blpop([f"test:orders:{context.job_id}"], timeout=0.2)
+        context.raise_if_canceled()
+        order = json.loads(found[1]) if found else {}
+        if "progress" in order:
+            context.report_progress(*order["progress"])
+        elif "failure" in order:
+            raise JobFailed(*order["failure"])
+        elif "result" in order:
+            return order["result"]
+
+
 def wait_at_gate(context: Context, gate: str = "") -> None:
     while not traces().get(f"test:gate:{context.job_id}{gate}"):
         time.sleep(0.02)
@@ -370,7 +386,7 @@ async def cancelable(context: Context) -> None:
 @endpoints.handler("Attentive")
 def attentive(context: Context) -> None:
     leave_trace(context)
-    while not context.cancellation_requested():
+    while not context.cancellation_requested:
         time.sleep(0.02)
     leave_moment(context)
     context.raise_if_canceled()
