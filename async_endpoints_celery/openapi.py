@@ -56,7 +56,7 @@ def job_responses(endpoint: str) -> dict[int | str, dict[str, Any]]:
             unchanged = {"description": "Not modified", "headers": _ETAG}
             return {200: ok, 304: unchanged, **_problems([401, 404, 422, 500, 503])}
         case "job_events":
-            event = {"type": "object", "required": ["event", "data", "id"]}
+            event: dict[str, Any] = {"type": "object", "required": ["event", "data", "id"]}
             event["properties"] = {name: {"type": "string"} for name in ("event", "data", "id")}  # as FastAPI has it
             content: dict[str, Any] = {"text/event-stream": {"itemSchema": event}}
             stream = {"description": "The record now, and after each change", "content": content}

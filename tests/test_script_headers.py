@@ -71,7 +71,7 @@ def sent_arguments() -> dict[str, set[str]]:
 
 
 def test_all_scripts_are_here() -> None:
-    assert set(OTHERS) == {"due", "judge", "prune", "renew"}
+    assert set(OTHERS) == {"due", "judge", "postpone", "prune", "renew"}
     assert len(OF_ONE_JOB) == 13
 
 
