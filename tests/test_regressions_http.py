@@ -476,7 +476,7 @@ class TestConfiguration:
     def test_a_fake_client_is_no_store(self) -> None:
         with (
             fakeredis.FakeRedis() as client,
-            pytest.raises(ConfigurationError, match=r"FakeRedisConnection cannot be made anew.*memory://"),
+            pytest.raises(ConfigurationError, match=r"Fake\w*Connection cannot be made anew.*memory://"),
         ):
             AsyncEndpoints(new_celery(), store=client, settings=Settings())
 
